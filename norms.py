@@ -1,0 +1,314 @@
+"""Scale vectors: the idea of "Negligible in Size, Significant in Effect" (arXiv 2605.26895) as code.
+
+A Pre-Norm Transformer feeds its linear maps with normalised activations, and multiplies them by a
+*scale vector* gamma on the way (the paper's section 2):
+
+    Norm(x)           = sqrt(d) * x / ||x||          x in R^d; the result has RMS 1
+    RMSNorm(x; gamma) = gamma * Norm(x)              gamma in R^d, 1 at the start
+
+The design space (the paper's Table 1). W_c is one of the linear branches c that one Norm feeds:
+{Q, K, V}, {gate, up} or {LM head}; gamma_b stands on its input side, gamma_a on its output side.
+
+    none        W_c Norm(x)                                no scale vector anywhere
+    standard    W_c (gamma * Norm(x))                      one gamma for all branches of the Norm
+    hg          W_c (gamma_c * Norm(x))                    one gamma per branch
+    ap          gamma_a * (W_c Norm(x))                    output side only
+    dp          gamma_a * (W_c (gamma_b * Norm(x)))        both sides
+    dnp         gamma_a * Norm(W_c (gamma_b * Norm(x)))    both sides, a Norm between
+    or          gamma = beta * Norm(alpha)                 any scale vector above, written so
+    er          gamma = exp(beta) * exp(alpha - mean(alpha))
+
+Everything but DNP is one reparameterisation of the weight (equation 13), with u = gamma_a or 1 and
+v = gamma_b or 1:
+
+    W_c -> diag(u) W_c diag(v) = W_c * (u v^T)
+
+and this is how it is computed here: the vectors meet the weight (d_out x d_in numbers a step), never
+the activations (tokens x d_in). DNP folds v, multiplies, normalises, and then scales by u.
+"""
+
+import copy
+import difflib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+EPS = 1e-6  # added to the mean square of activations; the paper names none
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which variant: one string, one dataclass
+
+GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
+    "branches": {
+        "hg": ({"per_branch": True}, "an input vector of its own for every branch"),
+    },
+    "placement": {
+        "ap": ({"input": False, "output": True}, "gamma_a * (W Norm(x)): output side only"),
+        "dp": ({"output": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
+        "dnp": ({"output": True, "output_norm": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): both sides, a Norm between"),
+    },
+    "parameters": {
+        "or": ({"parameters": "or"}, "gamma = beta * Norm(alpha)"),
+        "er": ({"parameters": "er"}, "gamma = exp(beta) * exp(alpha - mean(alpha))"),
+    },
+    "weight decay": {
+        "iwd": ({"decayed": ("input",)}, "weight decay on Input-Norm scale vectors only"),
+        "owd": ({"decayed": ("output",)}, "weight decay on Output-Norm scale vectors only"),
+        "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
+    },
+}
+UNIFIED = ("hg", "dnp", "or", "iwd")  # the paper's unified strategy
+GRAMMAR_IN_WORDS = "none, standard, unified, or parts joined by +, at most one of each: " + ", ".join(
+    "|".join(parts) for parts in GRAMMAR.values()
+)
+
+
+@dataclass(frozen=True)
+class NormScale:
+    """One point of the design space: where scale vectors stand, how they are written, which decay.
+
+    Made by `NormScale.parse`; nothing else in the project looks at the string again.
+    """
+
+    label: str = "standard"
+    scaled: bool = True  # False: no scale vector anywhere, behind Output-Norms neither
+    input: bool = True  # gamma_b on the input side of the linear branches
+    per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
+    output: bool = False  # gamma_a on the output side, always one a branch
+    output_norm: bool = False  # a Norm between W and gamma_a
+    parameters: str = "direct"  # key of PARAMETERS
+    decayed: tuple = ("input", "output")  # the roles whose vectors decay
+
+    @classmethod
+    def parse(cls, text):
+        """The variant that a string such as "hg+dp+or" names. Raises ValueError with one helpful line."""
+        parts = text.strip().lower().split("+")
+        if parts == ["none"]:
+            return cls("none", scaled=False, input=False)
+        chosen = {}
+        for part in parts:
+            for piece in {"standard": (), "unified": UNIFIED}.get(part, (part,)):
+                row = next((row for row, options in GRAMMAR.items() if piece in options), None)
+                if piece == "none":
+                    raise ValueError(f"'none' stands alone, not as a part of {text!r}; the grammar: {GRAMMAR_IN_WORDS}")
+                if row is None:
+                    known = ["none", "standard", "unified"] + [known for options in GRAMMAR.values() for known in options]
+                    nearest = difflib.get_close_matches(piece, known, n=1, cutoff=0)[0]
+                    raise ValueError(f"unknown part {piece!r} in {text!r}, did you mean {nearest!r}? the grammar: {GRAMMAR_IN_WORDS}")
+                if row in chosen:
+                    raise ValueError(
+                        f"{piece!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}; the grammar: {GRAMMAR_IN_WORDS}"
+                    )
+                chosen[row] = piece
+        in_order = [chosen[row] for row in GRAMMAR if row in chosen]
+        fields = {name: value for row in chosen for name, value in GRAMMAR[row][chosen[row]][0].items()}
+        only_decay = all(row == "weight decay" for row in chosen)
+        label = "unified" if tuple(in_order) == UNIFIED else "+".join(["standard"] * only_decay + in_order)
+        return cls(label, **fields)
+
+    def describe(self):
+        """The variant in words, a line a choice."""
+        if not self.scaled:
+            return ["none: W Norm(x), no scale vector anywhere"]
+        parts = UNIFIED if self.label == "unified" else self.label.split("+")
+        words = {part: text for options in GRAMMAR.values() for part, (_, text) in options.items()}
+        words["standard"] = "W (gamma * Norm(x)), one input vector for all branches of a Norm"
+        return [f"{part}: {words[part]}" for part in parts]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Norm and scale vectors
+
+
+class _Norm(torch.autograd.Function):
+    """Norm in closed form. With y = r x and r = 1 / rms(x), the derivative is r times a projection,
+
+        dL/dx = r (g - y mean(g y)) = r (I - y y^T / d) g          g = dL/dy,
+
+    which takes out the part of g along x: rescaling x changes nothing. It is the same projection as in
+    the paper's Theorem 3.2. Written out, forward and backward are a third of the work that the
+    composite of elementary operations takes on a CPU. First derivatives only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        y, r = ctx.saved_tensors
+        return r * (g - y * (g * y).mean(-1, keepdim=True)), None
+
+
+def normalize(x, eps=EPS):
+    """Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x. eps is added to mean(x^2)."""
+    return _Norm.apply(x, eps)
+
+
+PARAMETERS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma of them)
+    "direct": ({"gamma": 1.0}, lambda gamma: gamma),
+    # No epsilon in OR: the conservation laws of Theorem 3.2 hold for the exact Norm alone.
+    "or": ({"beta": 1.0, "alpha": 1.0}, lambda beta, alpha: beta * normalize(alpha, eps=0.0)),
+    "er": ({"beta": 0.0, "alpha": 0.0}, lambda beta, alpha: beta.exp() * (alpha - alpha.mean(-1, keepdim=True)).exp()),
+}
+
+
+class ScaleVector(nn.Module):
+    """gamma in R^dim, equal to 1 at the start, in one of the forms of PARAMETERS.
+
+    role says what it does in the function (the paper's section 2.2), and with it whether it decays:
+    "input" if a linear map follows it, or it follows one, directly, so that it can be folded into that
+    map; "output" if it stands behind a Norm and sets the size of what comes out.
+    Called, it returns gamma, shape (dim,). The scalar beta has shape (1,).
+    """
+
+    def __init__(self, dim, role, parameters="direct"):
+        super().__init__()
+        self.role = role
+        start, self.form = PARAMETERS[parameters]
+        for name, value in start.items():
+            self.register_parameter(name, nn.Parameter(torch.full((1 if name == "beta" else dim,), value)))
+
+    def forward(self):
+        return self.form(*self.parameters())
+
+    @staticmethod
+    def stack(vectors):
+        """gamma of several vectors of one dim, shape (len(vectors), dim), in a few operations."""
+        return vectors[0].form(*map(torch.stack, zip(*(vector.parameters() for vector in vectors))))
+
+
+class OutputNorm(nn.Module):
+    """gamma * Norm(x), or Norm(x) without scale vectors; x (..., dim). No linear map follows: Q/K-norm, and
+    Gemma's norms on what attention and FFN emit."""
+
+    def __init__(self, dim, scale):
+        super().__init__()
+        self.scale = ScaleVector(dim, "output", scale.parameters) if scale.scaled else None
+
+    def forward(self, x):
+        return normalize(x) if self.scale is None else self.scale().to(x.dtype) * normalize(x)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Norm, then linear branches
+
+
+class PreNormLinear(nn.Module):
+    """Norm(x), then the linear branches W_c that it feeds, in the form that `scale` says.
+
+    d_out names the branches and gives the width of each. Under DNP the outputs are normalised over
+    head_dim entries at a time, or over the whole width where head_dim is None.
+    Weights are separate matrices (d_out, d_in), uninitialised; call on x (..., d_in) returns a tuple
+    with an output (..., d_out) for each branch.
+    """
+
+    def __init__(self, d_in, d_out, scale, head_dim=None):
+        super().__init__()
+        self.head_dim = head_dim
+        self.output_norm = scale.output_norm
+        self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(d, d_in)) for c, d in d_out.items()})
+        self.input_scale, self.output_scale = nn.ModuleDict(), nn.ModuleDict()
+        if scale.input:
+            for c in d_out if scale.per_branch else ["shared"]:
+                self.input_scale[c] = ScaleVector(d_in, "input", scale.parameters)
+        if scale.output:
+            for c, d in d_out.items():  # gamma_a behind a Norm cannot be folded: then it is part of the function
+                self.output_scale[c] = ScaleVector(d, "output" if scale.output_norm else "input", scale.parameters)
+
+    def effective_weight(self, *branches):
+        """W * (u v^T), equation 13, for branches of one width: shape (len(branches), d_out, d_in).
+
+        Under DNP u stands behind the Norm and is left out.
+        """
+        W = torch.stack([self.weight[c] for c in branches])
+        v = self._gamma(self.input_scale, branches)
+        u = None if self.output_norm else self._gamma(self.output_scale, branches)
+        if u is not None and v is not None:
+            return W * (u[:, :, None] * v[:, None, :])
+        if v is not None:
+            return W * v[:, None, :]
+        return W if u is None else W * u[:, :, None]
+
+    @staticmethod
+    def _gamma(scales, branches):
+        """The branches' vectors, (len(branches), dim), or (1, dim) where they share one; None where there is none."""
+        if not scales:
+            return None
+        return scales["shared"]()[None] if "shared" in scales else ScaleVector.stack([scales[c] for c in branches])
+
+    def forward(self, x):
+        branches = tuple(self.weight)
+        n = normalize(x)
+        W = self.effective_weight(*branches)
+        if self.output_norm and self.head_dim is None:
+            return self._normalised_outputs(n, W, self._gamma(self.output_scale, branches))
+        y = F.linear(n, W.flatten(0, 1)).unflatten(-1, W.shape[:2])  # (..., branch, d_out)
+        if self.output_norm:
+            heads = normalize(y.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            y = heads * self._gamma(self.output_scale, branches).to(y.dtype)
+        return y.unbind(-2)
+
+    @staticmethod
+    def _normalised_outputs(n, W, u):
+        """u * Norm(W n) over the whole width, without a pass over W n, which can be as wide as a vocabulary:
+
+            mean((W n)^2) = n^T G n,  G = W^T W / d_out      so      u * Norm(W n) = (W * u) (n r),  r = (n^T G n + eps)^(-1/2)
+
+        n (..., d_in), W (branch, d_out, d_in), u (branch, d_out) -> a tuple of (..., d_out).
+        """
+        G = W.mT @ W / W.shape[1]
+        outputs = []
+        for W_c, G_c, u_c in zip(W, G, u):
+            r = ((n @ G_c).float() * n).sum(-1, keepdim=True).add(EPS).rsqrt()
+            outputs.append(F.linear(n * r.to(n.dtype), W_c * u_c[:, None]))
+        return tuple(outputs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folding, and which parameters decay
+
+
+@torch.no_grad()
+def fold(model):
+    """A copy of the model that computes the same with every foldable scale vector multiplied into its own
+    branch's weight, equation 13. Vectors behind a Norm (role "output") stay: they are part of the function."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, PreNormLinear):
+            for c in module.weight:
+                module.weight[c].copy_(module.effective_weight(c)[0])
+            module.input_scale = nn.ModuleDict()
+            if not module.output_norm:
+                module.output_scale = nn.ModuleDict()
+    return model
+
+
+def decay_groups(model, scale, weight_decay):
+    """The optimiser's groups: [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
+
+    Matrices decay; scale vectors decay where `scale.decayed` names their role (section 2.2). Under OR
+    and ER it is the raw alpha and beta that decay. Empty groups are left out.
+    """
+    by_role = {"matrices": [], "input": [], "output": []}
+    seen = set()
+    for module in model.modules():
+        role = module.role if isinstance(module, ScaleVector) else "matrices"
+        for parameter in module.parameters(recurse=False):
+            if parameter not in seen:  # tied weights appear twice
+                seen.add(parameter)
+                by_role[role].append(parameter)
+    assert seen == set(model.parameters())
+    names = {"matrices": "matrices", "input": "Input-Norm scale vectors", "output": "Output-Norm scale vectors"}
+    return [
+        {"name": names[role], "params": params, "weight_decay": weight_decay if role == "matrices" or role in scale.decayed else 0.0}
+        for role, params in by_role.items()
+        if params
+    ]
