@@ -134,22 +134,28 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, eps):
-        r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        y = x * r
+    def forward(ctx, x, eps, d):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics are never bfloat16
+        r = (wide.square().sum(-1, keepdim=True) / d + eps).rsqrt()
+        y = (wide * r).to(x.dtype)
         ctx.save_for_backward(y, r)
+        ctx.d = d
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         y, r = ctx.saved_tensors
-        return r * (g - y * (g * y).mean(-1, keepdim=True)), None
+        along = (g * y).sum(-1, keepdim=True, dtype=r.dtype) / ctx.d
+        return (r * (g - y * along)).to(g.dtype), None, None
 
 
-def normalize(x, eps=EPS):
-    """Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x. eps is added to mean(x^2)."""
-    return _Norm.apply(x, eps)
+def normalize(x, eps=EPS, d=None):
+    """Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x. eps is added to mean(x^2).
+
+    d is the width where x is padded with zeros, by default the length of the last axis.
+    """
+    return _Norm.apply(x, eps, d or x.shape[-1])
 
 
 PARAMETERS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma of them)
@@ -206,22 +212,29 @@ class PreNormLinear(nn.Module):
 
     d_out names the branches and gives the width of each. Under DNP the outputs are normalised over
     head_dim entries at a time, or over the whole width where head_dim is None.
+    bare names branches without anything on their output side: the router of a mixture of experts.
+    qk_norm names branches whose heads are normalised in any variant, with one vector shared by the
+    heads (Gemma); under DNP they are already, which *is* Q/K-norm, and there is no second one.
     Weights are separate matrices (d_out, d_in), uninitialised; call on x (..., d_in) returns a tuple
     with an output (..., d_out) for each branch.
     """
 
-    def __init__(self, d_in, d_out, scale, head_dim=None):
+    def __init__(self, d_in, d_out, scale, head_dim=None, bare=(), qk_norm=()):
         super().__init__()
         self.head_dim = head_dim
         self.output_norm = scale.output_norm
-        self.weight = nn.ParameterDict({c: nn.Parameter(torch.empty(d, d_in)) for c, d in d_out.items()})
+        self.weight = nn.ParameterDict()
+        for c, d in d_out.items():  # one by one, as a dict given to ParameterDict would be sorted
+            self.weight[c] = nn.Parameter(torch.empty(d, d_in))
         self.input_scale, self.output_scale = nn.ModuleDict(), nn.ModuleDict()
         if scale.input:
             for c in d_out if scale.per_branch else ["shared"]:
                 self.input_scale[c] = ScaleVector(d_in, "input", scale.parameters)
         if scale.output:
-            for c, d in d_out.items():  # gamma_a behind a Norm cannot be folded: then it is part of the function
-                self.output_scale[c] = ScaleVector(d, "output" if scale.output_norm else "input", scale.parameters)
+            role = "output" if scale.output_norm else "input"  # behind a Norm gamma_a is part of the function
+            for c in [c for c in d_out if c not in bare]:
+                self.output_scale[c] = ScaleVector(d_out[c], role, scale.parameters)
+        self.qk_norm = nn.ModuleDict({c: OutputNorm(head_dim, scale) for c in qk_norm if not scale.output_norm})
 
     def effective_weight(self, *branches):
         """W * (u v^T), equation 13, for branches of one width: shape (len(branches), d_out, d_in).
@@ -240,21 +253,33 @@ class PreNormLinear(nn.Module):
     @staticmethod
     def _gamma(scales, branches):
         """The branches' vectors, (len(branches), dim), or (1, dim) where they share one; None where there is none."""
-        if not scales:
-            return None
-        return scales["shared"]()[None] if "shared" in scales else ScaleVector.stack([scales[c] for c in branches])
+        if "shared" in scales:
+            return scales["shared"]()[None]
+        return ScaleVector.stack([scales[c] for c in branches]) if branches[0] in scales else None
 
     def forward(self, x):
-        branches = tuple(self.weight)
-        n = normalize(x)
+        return self.linear(normalize(x), *self.weight)
+
+    def parameters_of(self, *branches):
+        """The parameters that belong to these branches alone."""
+        own = [scales[c] for scales in (self.input_scale, self.output_scale) for c in branches if c in scales]
+        return [self.weight[c] for c in branches] + [p for scale in own for p in scale.parameters()]
+
+    def linear(self, n, *branches):
+        """The outputs, each (..., d_out), of branches of one width for n = Norm(x), shape (..., d_in)."""
         W = self.effective_weight(*branches)
-        if self.output_norm and self.head_dim is None:
-            return self._normalised_outputs(n, W, self._gamma(self.output_scale, branches))
+        u = self._gamma(self.output_scale, branches) if self.output_norm else None  # (branch, d_out)
+        if u is not None and self.head_dim is None:
+            return self._normalised_outputs(n, W, u)
         y = F.linear(n, W.flatten(0, 1)).unflatten(-1, W.shape[:2])  # (..., branch, d_out)
-        if self.output_norm:
-            heads = normalize(y.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-            y = heads * self._gamma(self.output_scale, branches).to(y.dtype)
-        return y.unbind(-2)
+        if u is not None:
+            y = self._per_head(normalize, y) * u.to(y.dtype)
+        return tuple(
+            self._per_head(self.qk_norm[c], y_c) if c in self.qk_norm else y_c for c, y_c in zip(branches, y.unbind(-2))
+        )
+
+    def _per_head(self, norm, y):
+        return norm(y.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
     @staticmethod
     def _normalised_outputs(n, W, u):
@@ -267,9 +292,36 @@ class PreNormLinear(nn.Module):
         G = W.mT @ W / W.shape[1]
         outputs = []
         for W_c, G_c, u_c in zip(W, G, u):
-            r = ((n @ G_c).float() * n).sum(-1, keepdim=True).add(EPS).rsqrt()
+            r = ((n @ G_c) * n).sum(-1, keepdim=True).add(EPS).rsqrt()
             outputs.append(F.linear(n * r.to(n.dtype), W_c * u_c[:, None]))
         return tuple(outputs)
+
+    def grouped(self, n, group, ends, *branches):
+        """As `linear`, for rows that are sorted into groups (experts), each with branches of its own.
+
+        n (rows, d_in); group (rows,), the group of each row, ascending; ends (groups,) int32, where each
+        group's rows end; branches: for each output a list with one name a group. Returns a tuple of
+        (rows, d_out padded with zeros to a multiple of 8), because grouped_mm wants rows of 16 bytes.
+        """
+        names = [c for of_group in zip(*branches) for c in of_group]
+        W = pad_to_8(self.effective_weight(*names), dim=1).unflatten(0, (-1, len(branches)))  # (group, branch, d_out, d_in)
+        y = grouped_linear(n, W.flatten(1, 2), ends).unflatten(-1, W.shape[1:3])  # (rows, branch, d_out)
+        if self.output_norm:
+            u = pad_to_8(self._gamma(self.output_scale, names), dim=1).view(W.shape[:3])
+            y = normalize(y, d=self.weight[names[0]].shape[0]) * u.to(y.dtype).index_select(0, group)
+        return y.unbind(-2)
+
+
+def grouped_linear(x, W, ends):
+    """x W_g^T for the rows of each group g: x (rows, d_in), W (group, d_out, d_in) -> (rows, d_out)."""
+    if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
+        x, W = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, W))
+    return F.grouped_mm(x, W.mT, offs=ends)
+
+
+def pad_to_8(x, dim):
+    """x with zeros at the end of axis dim, up to a multiple of 8 entries."""
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, -x.shape[dim] % 8])
 
 
 # ---------------------------------------------------------------------------------------------------
