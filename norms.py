@@ -364,3 +364,64 @@ def decay_groups(model, scale, weight_decay):
         for role, params in by_role.items()
         if params
     ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The theory on these very classes
+#
+# With x ~ N(0, I) the inputs Norm(x) have covariance I, and the loss of a linear branch with effective
+# weight A against a teacher W* is L = 1/2 ||A - W*||_F^2. The theorems follow its gradient flow. A vector
+# gamma = Phi(raw) then moves by dgamma/dt = -P dL/dgamma, with P = J J^T and J = dPhi/draw (section 3.4):
+#
+#     direct   P = I
+#     or       P = q q^T + (beta^2 d / ||alpha||^2) (I - q q^T / d),   q = Norm(alpha)      (Theorem 3.2)
+#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T             (not in the paper; at gamma = 1 it is OR's)
+
+
+def student(variant, teacher):
+    """One linear branch where the theorems start it: weight 0, scale vectors 1, in float64. teacher (d_out, d_in)."""
+    d_out, d_in = teacher.shape
+    module = PreNormLinear(d_in, {"w": d_out}, NormScale.parse(variant)).double()
+    nn.init.zeros_(module.weight["w"])
+    return module
+
+
+def population_loss(module, teacher):
+    """1/2 ||A - W*||_F^2 summed over the branches; teacher (d_out, d_in) or (branches, d_out, d_in). Not for DNP."""
+    return (module.effective_weight(*module.weight) - teacher).square().sum() / 2
+
+
+def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
+    """dp/dt = -dL/dp for all parameters p of the module at once, by the classical Runge-Kutta method of order 4.
+
+    loss(module) is a scalar. A generator: it yields t = 0, dt, ..., t_end with the module in its state at t.
+    With noise q it is dp = -dL/dp dt + sqrt(q) dB, a Brownian motion for each parameter: half of a step's
+    noise before the drift and half after it, which is of weak order 2.
+    """
+    parameters, dt, generator = list(module.parameters()), t_end / steps, torch.Generator().manual_seed(seed)
+
+    def velocity(p):
+        nn.utils.vector_to_parameters(p, parameters)
+        return -torch.cat([g.flatten() for g in torch.autograd.grad(loss(module), parameters)])
+
+    def kick(p):
+        return p + (noise * dt / 2) ** 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype) if noise else p
+
+    p = nn.utils.parameters_to_vector(parameters).detach()
+    yield 0.0
+    for step in range(1, steps + 1):
+        p = kick(p)
+        k1 = velocity(p)
+        k2 = velocity(p + dt / 2 * k1)
+        k3 = velocity(p + dt / 2 * k2)
+        k4 = velocity(p + dt * k3)
+        p = kick(p + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+        nn.utils.vector_to_parameters(p, parameters)
+        yield step * dt
+
+
+def jacobian(outputs, parameters):
+    """J = d outputs / d parameters, a row an output: (number of outputs, number of parameters)."""
+    parameters = list(parameters)
+    rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in outputs.flatten()]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])

