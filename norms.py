@@ -271,7 +271,10 @@ class PreNormLinear(nn.Module):
         u = self._gamma(self.output_scale, branches) if self.output_norm else None  # (branch, d_out)
         if u is not None and self.head_dim is None:
             return self._normalised_outputs(n, W, u)
-        y = F.linear(n, W.flatten(0, 1)).unflatten(-1, W.shape[:2])  # (..., branch, d_out)
+        y = F.linear(n, W.flatten(0, 1))  # (..., branch * d_out)
+        if len(branches) == 1 and u is None:
+            return (y,)  # logits are wide: taking them apart would cost a copy of them in the backward pass
+        y = y.unflatten(-1, W.shape[:2])
         if u is not None:
             y = self._per_head(normalize, y) * u.to(y.dtype)
         return tuple(
