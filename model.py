@@ -248,11 +248,13 @@ class Transformer(nn.Module):
         Scale vectors start at 1 and take no random number: with one seed every variant starts from the
         same matrices. Returns the model.
         """
-        projections = {p for block in self.blocks for part in (block.attention, block.ffn) for p in part.residual_projections()}
+        parts = [part for block in self.blocks for part in (block.attention, block.ffn)]
+        projections = {p for part in parts for p in part.residual_projections()}
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.ndim == 2:
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if p in projections else 0.02, generator=generator)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in projections else 0.02
+                p.normal_(std=std, generator=generator)
         return self
 
     def forward(self, tokens, targets=None):

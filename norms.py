@@ -48,7 +48,7 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
     "placement": {
         "ap": ({"input": False, "output": True}, "gamma_a * (W Norm(x)): output side only"),
         "dp": ({"output": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
-        "dnp": ({"output": True, "output_norm": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): both sides, a Norm between"),
+        "dnp": ({"output": True, "output_norm": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm between"),
     },
     "parameters": {
         "or": ({"parameters": "or"}, "gamma = beta * Norm(alpha)"),
@@ -95,13 +95,13 @@ class NormScale:
                 if piece == "none":
                     raise ValueError(f"'none' stands alone, not as a part of {text!r}; the grammar: {GRAMMAR_IN_WORDS}")
                 if row is None:
-                    known = ["none", "standard", "unified"] + [known for options in GRAMMAR.values() for known in options]
+                    known = ["none", "standard", "unified", *(known for options in GRAMMAR.values() for known in options)]
                     nearest = difflib.get_close_matches(piece, known, n=1, cutoff=0)[0]
-                    raise ValueError(f"unknown part {piece!r} in {text!r}, did you mean {nearest!r}? the grammar: {GRAMMAR_IN_WORDS}")
+                    meant = f"did you mean {nearest!r}? the grammar: {GRAMMAR_IN_WORDS}"
+                    raise ValueError(f"unknown part {piece!r} in {text!r}, {meant}")
                 if row in chosen:
-                    raise ValueError(
-                        f"{piece!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}; the grammar: {GRAMMAR_IN_WORDS}"
-                    )
+                    clash = f"{piece!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}"
+                    raise ValueError(f"{clash}; the grammar: {GRAMMAR_IN_WORDS}")
                 chosen[row] = piece
         in_order = [chosen[row] for row in GRAMMAR if row in chosen]
         fields = {name: value for row in chosen for name, value in GRAMMAR[row][chosen[row]][0].items()}
@@ -288,7 +288,8 @@ class PreNormLinear(nn.Module):
     def _normalised_outputs(n, W, u):
         """u * Norm(W n) over the whole width, without a pass over W n, which can be as wide as a vocabulary:
 
-            mean((W n)^2) = n^T G n,  G = W^T W / d_out      so      u * Norm(W n) = (W * u) (n r),  r = (n^T G n + eps)^(-1/2)
+            mean((W n)^2) = n^T G n,      G = W^T W / d_out,
+            u * Norm(W n) = (W * u) (n r),    r = (n^T G n + eps)^(-1/2)
 
         n (..., d_in), W (branch, d_out, d_in), u (branch, d_out) -> a tuple of (..., d_out).
         """
@@ -307,7 +308,8 @@ class PreNormLinear(nn.Module):
         (rows, d_out padded with zeros to a multiple of 8), because grouped_mm wants rows of 16 bytes.
         """
         names = [c for of_group in zip(*branches) for c in of_group]
-        W = pad_to_8(self.effective_weight(*names), dim=1).unflatten(0, (-1, len(branches)))  # (group, branch, d_out, d_in)
+        W = pad_to_8(self.effective_weight(*names), dim=1)
+        W = W.unflatten(0, (-1, len(branches)))  # (group, branch, d_out, d_in)
         y = grouped_linear(n, W.flatten(1, 2), ends).unflatten(-1, W.shape[1:3])  # (rows, branch, d_out)
         if self.output_norm:
             u = pad_to_8(self._gamma(self.output_scale, names), dim=1).view(W.shape[:3])
@@ -362,8 +364,9 @@ def decay_groups(model, scale, weight_decay):
                 by_role[role].append(parameter)
     assert seen == set(model.parameters())
     names = {"matrices": "matrices", "input": "Input-Norm scale vectors", "output": "Output-Norm scale vectors"}
+    decayed = ("matrices", *scale.decayed)
     return [
-        {"name": names[role], "params": params, "weight_decay": weight_decay if role == "matrices" or role in scale.decayed else 0.0}
+        {"name": names[role], "params": params, "weight_decay": weight_decay if role in decayed else 0.0}
         for role, params in by_role.items()
         if params
     ]

@@ -1651,7 +1651,7 @@ def test_mistakes_in_records(mistake, flags, words, tmp_path, capsys, monkeypatc
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(request, small, data_folder, tmp_path):
     if "kill" not in (request.config.getoption("-m") or ""):
         pytest.skip("runs with -m kill")
-    steps = ["--steps=400", "--eval-every=7", "--checkpoint-every=2"]
+    steps = ["--steps=3000", "--eval-every=9", "--eval-tokens=100", "--checkpoint-every=2"]
     small("--out-dir=whole", *steps)
     command = [sys.executable, HERE / "train.py", *SMALL, f"--data={data_folder}", "--out-dir=cut", "--resume", *steps]
     rng, killed = random.Random(0), 0

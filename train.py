@@ -95,53 +95,62 @@ def norm_scale(text):
 
 
 def command_line():
-    parser = CommandLine(prog="train.py", description="Trains a small Llama with the scale vectors that --norm-scale says.")
+    parser = CommandLine(prog="train.py", description="Trains a small Llama with the scale vectors of --norm-scale.")
+    length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
 
-    def add(name, what, group=parser, **how):
-        group.add_argument(name, help=what.replace("%", "%%"), **how)
+    def add(name, kind, what, default=None, group=parser, **how):
+        how |= {"choices": kind} if isinstance(kind, (list, dict)) else {"type": kind}
+        shown = default if isinstance(default, str | int | float) else how.pop("shown", "the preset's")
+        group.add_argument(name, help=f"{what} (default: {shown})".replace("%", "%%"), default=default, **how)
 
-    many, up_to = dict(nargs="+", metavar="VALUE"), 10**9
-    add("--norm-scale", "none, standard, unified, or parts joined by + such as hg+dp, see norms.py (default: standard); "
-        "several values of this flag and of the next two: all combinations are run", type=norm_scale, default=[NormScale()], **many)
-    add("--lr", "peak learning rate (default: the preset's)", type=number(float, 1e-9, 1e3), **many)
-    add("--seed", "of weights and batches (default: 0)", type=number(int, 0, 2**32 - 1), default=[0], **many)
-    add("--model", "preset of sizes and settings (default: tiny)", choices=PRESETS, default="tiny")
-    add("--optimizer", "muon is for matrices inside the blocks, with AdamW for the rest (default: adamw)", choices=["adamw", "muon"], default="adamw")
-    add("--schedule", "after the warm-up cosine to 1/20, or wsd: constant, and over the last fifth linear to 0 (default: cosine)", choices=["cosine", "wsd"], default="cosine")
-    length = parser.add_mutually_exclusive_group()
-    add("--steps", "optimiser steps (default: the preset's)", length, type=number(int, 1, up_to))
-    add("--tokens", "as many steps as see this many tokens", length, type=number(int, 1, 10**15))
-    add("--batch-size", "sequences a step, over all processes (default: the preset's)", type=number(int, 1, 2**20))
-    add("--micro-batch-size", "sequences at once on one process (default: all; for the paper's presets what fits in 32,768 tokens)", type=number(int, 1, 2**20))
-    add("--seq-len", "tokens a sequence (default: the preset's)", type=number(int, 1, 2**20))
-    add("--d-model", "width (default: the preset's)", type=number(int, 2, 2**16))
-    add("--n-layer", "layers (default: the preset's)", type=number(int, 1, 1024))
-    add("--n-head", "attention heads (default: the preset's)", type=number(int, 1, 1024))
-    add("--d-ff", "hidden width, or +n for n more than the default (default: int(8 d_model / 3))", type=width)
-    add("--weight-decay", "decoupled, see norms.py for which scale vectors decay (default: 0.1)", type=number(float, 0, 100), default=0.1)
-    add("--grad-clip", "largest norm of the gradient; 0: as it is (default: 1)", type=number(float, 0, 1e9), default=1.0)
-    add("--warmup-steps", "(default: 5 % of the steps, at least 10)", type=number(int, 0, up_to))
-    add("--data", f"folder made by prepare_data.py (default: {BUILT_IN_DATA}, made where it is missing)", default=BUILT_IN_DATA)
-    add("--eval-every", "steps from one evaluation to the next (default: the preset's)", type=number(int, 1, up_to))
-    add("--eval-tokens", "how many of the first tokens of val.bin (default: the preset's)", type=number(int, 1, 10**12))
-    add("--checkpoint-every", "steps; 0: when the run ends or is stopped (default: eval-every)", type=number(int, 0, up_to))
-    add("--device", "auto: a GPU where there is CUDA, else the CPU (default: auto)", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--dtype", "of matrix products; auto: bfloat16 on a GPU that has it (default: auto)", choices=["auto", "float32", "bfloat16"], default="auto")
-    add("--compile", "torch.compile; auto: on a GPU (default: auto)", choices=["auto", "on", "off"], default="auto")
-    add("--out-dir", "where the run folders are (default: runs)", default="runs")
-    again = parser.add_mutually_exclusive_group()
-    add("--resume", "go on from checkpoints; runs without one start, runs that are done are passed over", again, action="store_true")
-    add("--overwrite", "start anew where a run folder exists", again, action="store_true")
-    instead = parser.add_mutually_exclusive_group()
-    add("--dry-run", "print parameters and optimiser groups; needs no data, allocates nothing", instead, action="store_true")
-    add("--benchmark", "time the variants in turn instead of training them", instead, action="store_true")
-    return parser  # fmt: skip
+    def switch(name, what, group):
+        group.add_argument(name, help=what, action="store_true")
+
+    def whole(low, high=10**9):
+        return number(int, low, high)
+
+    several = {"nargs": "+", "metavar": "VALUE"}  # all combinations are run, one after the other
+    variants = "none, standard, unified, or parts joined by + such as hg+dp, see norms.py; one or more"
+    add("--norm-scale", norm_scale, variants, [NormScale()], shown="standard", **several)
+    add("--lr", number(float, 1e-9, 1e3), "peak learning rate, one or more", **several)
+    add("--seed", whole(0, 2**32 - 1), "of weights and batches, one or more", [0], shown=0, **several)
+    add("--model", PRESETS, "preset of sizes and settings", "tiny")
+    add("--optimizer", ["adamw", "muon"], "muon: for matrices inside the blocks, AdamW for the rest", "adamw")
+    add("--schedule", ["cosine", "wsd"], "cosine to 1/20, or constant and linear to 0 in the last fifth", "cosine")
+    add("--steps", whole(1), "optimiser steps", group=length)
+    add("--tokens", whole(1, 10**15), "as many steps as see this many tokens", group=length)
+    add("--batch-size", whole(1, 2**20), "sequences a step, over all processes")
+    at_once = "all; for the paper's presets what fits in 32,768 tokens"
+    add("--micro-batch-size", whole(1, 2**20), "sequences at once on one process", shown=at_once)
+    add("--seq-len", whole(1, 2**20), "tokens a sequence")
+    add("--d-model", whole(2, 2**16), "width")
+    add("--n-layer", whole(1, 1024), "layers")
+    add("--n-head", whole(1, 1024), "attention heads")
+    add("--d-ff", width, "hidden width, or +n for n more than the default", shown="int(8 d_model / 3)")
+    add("--weight-decay", number(float, 0, 100), "decoupled; of which scale vectors, --norm-scale says", 0.1)
+    add("--grad-clip", number(float, 0, 1e9), "largest norm of the gradient; 0 leaves it as it is", 1.0)
+    add("--warmup-steps", whole(0), "steps to the peak", shown="5 % of the steps, at least 10")
+    add("--data", str, "folder made by prepare_data.py; the default's is made where it is missing", BUILT_IN_DATA)
+    add("--eval-every", whole(1), "steps from one evaluation to the next")
+    add("--eval-tokens", whole(1, 10**12), "evaluate on this many of the first tokens of val.bin")
+    add("--checkpoint-every", whole(0), "steps; 0: when the run ends or is stopped", shown="eval-every")
+    add("--device", ["auto", "cpu", "cuda", "mps"], "auto: cuda where there is one, else cpu", "auto")
+    add("--dtype", ["auto", "float32", "bfloat16"], "of products; auto: bfloat16 on a GPU that has it", "auto")
+    add("--compile", ["auto", "on", "off"], "torch.compile; auto: on a GPU", "auto")
+    add("--out-dir", str, "where the run folders are", "runs")
+    switch("--resume", "go on from checkpoints; start runs without one, pass over those that are done", again)
+    switch("--overwrite", "start anew where a run folder exists", again)
+    switch("--dry-run", "print parameters and optimiser groups; needs no data, allocates nothing", instead)
+    switch("--benchmark", "time the variants in turn instead of training them", instead)
+    return parser
 
 
 def preset_steps(name):
     """The preset's steps, or by the paper's rule 100 tokens for each activated parameter of its standard model."""
     p = PRESETS[name]
-    return p.get("steps") or round(100 * count(make_config(argparse.Namespace(**p), p)).activated / (p["batch_size"] * p["seq_len"]))
+    if "steps" in p:
+        return p["steps"]
+    return round(100 * count(make_config(argparse.Namespace(**p), p)).activated / (p["batch_size"] * p["seq_len"]))
 
 
 def make_config(s, preset, scale=NormScale()):
@@ -157,15 +166,18 @@ def resolve(args, scale, lr, seed, world, vocab_size):
         given = getattr(args, name)
         return preset.get(name, default) if given is None else given
 
-    s = argparse.Namespace(**{name: getattr(args, name) for name in ("model", "optimizer", "schedule", "weight_decay", "grad_clip", "data")})
-    s.norm_scale, s.seed = scale.label, seed
+    s = argparse.Namespace(model=args.model, norm_scale=scale.label, seed=seed)
+    s.optimizer, s.schedule, s.data = args.optimizer, args.schedule, args.data
+    s.weight_decay, s.grad_clip = args.weight_decay, args.grad_clip
     s.lr = lr or preset.get("lr_muon" if s.optimizer == "muon" else f"lr_{s.schedule}", preset["lr"])
     s.batch_size, s.seq_len = choose("batch_size"), choose("seq_len")
     s.d_model, s.n_layer, s.n_head = choose("d_model"), choose("n_layer"), choose("n_head")
     extra = args.d_ff or "+0"
     s.d_ff = int(extra) + paper_d_ff(s.d_model) * extra.startswith("+")
     s.vocab_size = preset["vocab_size"] or vocab_size
-    s.steps = math.ceil(args.tokens / (s.batch_size * s.seq_len)) if args.tokens else args.steps or preset_steps(args.model)
+    s.steps = args.steps or preset_steps(args.model)
+    if args.tokens:
+        s.steps = math.ceil(args.tokens / (s.batch_size * s.seq_len))
     s.warmup_steps = choose("warmup_steps", max(10, s.steps // 20))
     s.eval_every, s.eval_tokens = choose("eval_every"), choose("eval_tokens")
     s.checkpoint_every = choose("checkpoint_every", s.eval_every)
@@ -178,11 +190,11 @@ def resolve(args, scale, lr, seed, world, vocab_size):
 
     for wrong, message in [
         (s.d_model % s.n_head, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}"),
-        (s.d_model // s.n_head % 2, f"--n-head: heads of width {s.d_model // s.n_head}, but rotary embedding turns pairs"),
+        (s.d_model // s.n_head % 2, f"--n-head: rotary embedding turns pairs, not heads of width {s.d_model // s.n_head}"),
         (preset.get("n_expert") and s.d_model % 8, f"--d-model: {s.d_model} is no multiple of 8, which experts need"),
         (s.batch_size % world.size, f"--batch-size: {s.batch_size} sequences do not split over {world.size} processes"),
-        (part % s.micro_batch_size, f"--micro-batch-size: {s.micro_batch_size} does not divide the {part} sequences of a process"),
-        (s.dtype == "bfloat16" and not world.has_bfloat16, f"--dtype: bfloat16 needs a GPU that has it, this is {s.device}"),
+        (part % s.micro_batch_size, f"--micro-batch-size: {s.micro_batch_size} does not divide {part} sequences of a process"),
+        (s.dtype == "bfloat16" and not world.has_bfloat16, f"--dtype: bfloat16 needs a GPU that has it, not {s.device}"),
     ]:
         if wrong:
             raise UserError(message)
@@ -198,7 +210,8 @@ SAME_RUN = (  # what a run is: where one of these differs, it is another run
 def run_name(s, args, default):
     """The run folder's name: the choices that make an experiment, then what was given and differs from the preset."""
     given = {name for name in SAME_RUN if getattr(args, name, None) is not None} | ({"steps"} if args.tokens else set())
-    fixed = {"model", "norm_scale", "optimizer", "schedule", "lr", "seed"} | ({"steps"} if s.schedule == "wsd" else set())
+    fixed = {"model", "norm_scale", "optimizer", "schedule", "lr", "seed"}
+    fixed |= {"steps"} if s.schedule == "wsd" else set()  # such a run can be continued
     new = [name for name in SAME_RUN if name in given - fixed and getattr(s, name) != getattr(default, name)]
     others = "".join(f"-{name}{getattr(s, name)}" for name in new)
     if Path(s.data) != Path(BUILT_IN_DATA):
@@ -275,26 +288,26 @@ class Data:
             self.vocab_size, self.sha256 = int(self.meta["vocab_size"]), dict(self.meta["sha256"])
             self.bytes_per_token = float(self.meta["bytes_per_token"])
         except FileNotFoundError:
-            raise UserError(f"no data in {folder}: there is no meta.json; prepare_data.py makes such a folder") from None
+            raise UserError(f"no meta.json in {folder}: prepare_data.py makes such a folder") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / 'meta.json'} is not a record that prepare_data.py makes: {error!r}") from None
+            raise UserError(f"{self.folder / 'meta.json'} is not as prepare_data.py makes it: {error!r}") from None
         self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
 
     def _tokens(self, name):
         path = self.folder / name
         if not path.is_file() or prepare_data.sha256_of(path) != self.sha256.get(name):
-            raise UserError(f"{path} is missing or not the file that meta.json describes (its sha256 differs); prepare the data again")
+            raise UserError(f"{path} is missing, or has another sha256 than meta.json says: prepare the data again")
         tokens = np.memmap(path, dtype="<u2", mode="r") if path.stat().st_size else np.zeros(0, "<u2")
         if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path} has token {tokens.max()}, beyond the vocabulary of {self.vocab_size:,} in meta.json")
+            raise UserError(f"{path} has token {tokens.max()}, beyond meta.json's vocabulary of {self.vocab_size:,}")
         return tokens
 
     def check(self, s):
         if self.vocab_size > s.vocab_size:
-            raise UserError(f"{self.folder} has a vocabulary of {self.vocab_size:,}, more than the {s.vocab_size:,} of {s.model}")
+            raise UserError(f"{self.folder} has {self.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}")
         for name, tokens in ("train.bin", self.train), ("val.bin", self.val):
             if len(tokens) <= s.seq_len:
-                raise UserError(f"{self.folder / name} has {len(tokens):,} tokens, too few for one window of --seq-len {s.seq_len} and the token after it")
+                raise UserError(f"{self.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one")
 
     def batch(self, s, step, world):
         """This process's part of the batch that (seed, step) names: (sequences, T + 1), on its way to the device."""
@@ -372,7 +385,7 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.s.dtype == "bfloat16")
 
     def step(self, step, tokens, stop=0):
-        """One optimiser step on `tokens` (sequences, T + 1): (language loss, gradient norm, whether a process had stop).
+        """One optimiser step on `tokens` (sequences, T + 1): (loss, gradient norm, whether any process has `stop`).
 
         Raises Diverged where loss or norm is not finite, before any weight is touched.
         """
@@ -390,7 +403,8 @@ class Trainer:
         loss, norm, stop = self.world.sum([loss.item() / self.world.size, norm.item() / self.world.size, stop])
         lr = learning_rate(self.s, step)
         if not math.isfinite(loss + norm):
-            raise Diverged(f"diverged at step {step + 1}: loss {loss:g}, gradient norm {norm:g}, at a learning rate of {lr:.3g} (--lr={self.s.lr:g})")
+            where = f"step {step + 1}, learning rate {lr:.3g} of --lr={self.s.lr:g}"
+            raise Diverged(f"diverged at {where}: loss {loss:g}, gradient norm {norm:g}")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -480,13 +494,13 @@ class RunFolder:
 
     def save(self, name, trainer, progress):
         """All that going on needs. The records' lengths say which of their lines are older than this."""
-        lengths = {record: (self.path / record).stat().st_size if (self.path / record).exists() else 0 for record in self.RECORDS}
+        records = {record: self.path / record for record in self.RECORDS}
         contents = {
             "run": {key: vars(trainer.s)[key] for key in SAME_RUN},
             "progress": dataclasses.asdict(progress),
             "model": trainer.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-            "records": lengths,
+            "records": {name: path.stat().st_size if path.exists() else 0 for name, path in records.items()},
         }
         self.replace(name, lambda file: torch.save(contents, file))
 
@@ -498,14 +512,14 @@ class RunFolder:
             run, progress, lengths = saved["run"], Progress(**saved["progress"]), dict(saved["records"])
         except Exception as error:  # whatever torch makes of bytes that it did not write
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} is not a whole checkpoint of this program ({reason[:100]}); --overwrite starts anew") from None
+            raise UserError(f"{path} is not a whole checkpoint ({reason[:100]}); --overwrite starts anew") from None
         check_same(path, run, trainer.s)
         try:
             trainer.model.load_state_dict(saved["model"])
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except Exception as error:
-            raise UserError(f"{path} does not fit this model: {str(error).splitlines()[0][:100]}; --overwrite starts anew") from None
+            raise UserError(f"{path} does not fit this model: {str(error).splitlines()[0][:100]}") from None
         for name, columns in zip(self.RECORDS, (METRICS, SCALES)):
             self._cut(self.path / name, columns, lengths[name])
         return progress
@@ -515,7 +529,7 @@ class RunFolder:
             header = ",".join(columns).encode()
             whole = path.read_bytes() if path.exists() else b""
             if len(whole) < length or (length and not whole.startswith(header + b"\n")):
-                raise UserError(f"{path} has lost lines or has other columns than {header.decode()}; --overwrite starts anew")
+                raise UserError(f"{path} has lost lines, or other columns than {header.decode()}")
             os.truncate(path, length)
 
 
@@ -523,7 +537,8 @@ def check_same(where, old, s):
     """Raises UserError where a record is of another run than the settings s. wsd may be prolonged."""
     for key in SAME_RUN:
         if old.get(key) != vars(s)[key] and not (key == "steps" and s.schedule == "wsd"):
-            raise UserError(f"{where} is of another run: {key} is {old.get(key)} there and {vars(s)[key]} here; --overwrite starts anew")
+            there = f"{key} is {old.get(key)} there and {vars(s)[key]} here"
+            raise UserError(f"{where} is of another run: {there}; --overwrite starts anew")
 
 
 class StopSignals:
@@ -604,16 +619,19 @@ def train(s, scale, data, world, folder, config, resume):
 
             rate = (progress.step - first) / (progress.seconds - began)
             left = (s.steps - progress.step) / rate
-            line.show(f"step {progress.step:,}/{s.steps:,}  loss {loss:.3f}  {rate * tokens_per_step:,.0f} tokens/s  {left:,.0f} s left")
+            speed = f"{rate * tokens_per_step:,.0f} tokens/s  {left:,.0f} s left"
+            line.show(f"step {progress.step:,}/{s.steps:,}  loss {loss:.3f}  {speed}")
             if last or progress.step % s.eval_every == 0:
                 val_loss, load = trainer.evaluate(data)
                 steps, seconds = progress.step - progress.line_step, progress.seconds - progress.line_seconds
                 tokens = progress.step * tokens_per_step
-                row = [progress.step, tokens, f"{progress.seconds:.3f}", lr, progress.loss_sum / steps, val_loss, norm]
+                train_loss = progress.loss_sum / steps
+                row = [progress.step, tokens, f"{progress.seconds:.3f}", lr, train_loss, val_loss, norm]
                 row += [f"{steps * tokens_per_step / seconds:.1f}", peak_memory_mb(world.device)]
                 folder.append("metrics.csv", METRICS, [row])
                 folder.append("scales.csv", SCALES, scale_rows(trainer.model, progress.step, load))
-                line.keep(f"step {progress.step:,}: {tokens:,} tokens, train loss {progress.loss_sum / steps:.4f}, val loss {val_loss:.4f}")
+                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                line.keep(f"step {progress.step:,}: {tokens:,} tokens, {losses}")
                 progress = Progress(progress.step, progress.seconds, 0.0, progress.step, progress.seconds, val_loss)
             if progress.step == stable:
                 folder.save("checkpoint-stable.pt", trainer, progress)
@@ -624,22 +642,26 @@ def train(s, scale, data, world, folder, config, resume):
                 line.keep(f"stopped after step {progress.step:,} and saved; the same command with --resume goes on")
                 raise Stopped(128 + (stop.signum or signal.SIGTERM))
     folder.set_config(config, status="done")
-    per_byte = progress.val_loss / math.log(2) / data.bytes_per_token
-    say(f"\nval loss {progress.val_loss:.4f} nats a token ({per_byte:.3f} bits a byte) after {s.steps:,} steps, {progress.seconds:,.0f} s of training")
+    bits = progress.val_loss / math.log(2) / data.bytes_per_token
+    say(f"\nval loss {progress.val_loss:.4f} nats a token, {bits:.3f} bits a byte, in {progress.seconds:,.0f} s of training")
     say(f"record: {folder.path}\n\na text from this model: {sample(trainer.model, data, world)!r}\n")
 
 
 def scale_rows(model, step, load):
-    """The lines of scales.csv: each scale vector, each branch weight, each layer's expert load (min, mean, max share)."""
+    """The lines of scales.csv: every scale vector's gamma, every branch's weight, every layer's load of the experts."""
     for name, module in model.named_modules():
         if isinstance(module, ScaleVector):
             gamma = module().detach()
-            yield [step, "scale", name, *torch.stack([gamma.min(), gamma.mean(), gamma.max(), gamma.norm()]).tolist()]
+            yield [step, "scale", name, *spread(gamma), gamma.norm().item()]
         if isinstance(module, PreNormLinear):
             for branch, weight in module.weight.items():
                 yield [step, "weight", f"{name}.weight.{branch}", "", "", "", weight.detach().norm().item()]
     for layer, shares in enumerate([] if load is None else load):
-        yield [step, "load", f"blocks.{layer}.ffn", *torch.stack([shares.min(), shares.mean(), shares.max()]).tolist(), ""]
+        yield [step, "load", f"blocks.{layer}.ffn", *spread(shares), ""]
+
+
+def spread(vector):
+    return [vector.min().item(), vector.mean().item(), vector.max().item()]
 
 
 def peak_memory_mb(device):
@@ -703,13 +725,11 @@ def describe(s, scale, counts):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             size = sum(p.numel() for p in group["params"])
-            kind = f"{type(optimizer).__name__}, {group['name']}"
-            lines.append(f"  {kind}: {len(group['params'])} with {size:,} entries, weight decay {group['weight_decay']:g}")
+            what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
+            lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
     tokens = s.steps * s.batch_size * s.seq_len
-    lines.append(
-        f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all, {tokens / counts.activated:.1f} a parameter; "
-        f"{s.optimizer}, {s.schedule} to {s.lr:g} after {s.warmup_steps} steps of warm-up; seed {s.seed}; {s.device}, {s.dtype}"
-    )
+    lines.append(f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {tokens / counts.activated:.1f} a parameter")
+    lines.append(f"{s.optimizer}, {s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps; seed {s.seed}; {s.device}, {s.dtype}")
     return "\n".join(lines)
 
 
@@ -723,7 +743,7 @@ def check_memory(s, counts, world):
     else:
         return
     if need > have:
-        raise UserError(f"this needs {need / 2**30:,.0f} GiB at the least, and {world.device.type} has {have / 2**30:,.0f}")
+        raise UserError(f"this needs {need / 2**30:,.0f} GiB or more, the {world.device.type} has {have / 2**30:,.0f}")
 
 
 def ready_data(args, world):
@@ -736,7 +756,7 @@ def ready_data(args, world):
 
 
 def benchmark(runs, data, world, out_dir, warm_up=5, rounds=10, steps=4):
-    """Times the variants in turn, A B A B, and writes <out_dir>/benchmark.csv. ratio: ms a step over the first one's."""
+    """Times the variants in turn, A B A B; <out_dir>/benchmark.csv. The ratio is of ms a step to the first one's."""
     gpu = world.device.type == "cuda"
     trainers, memory, times = [], [], [[] for _ in runs]
     for s, scale, _ in runs:
@@ -762,7 +782,8 @@ def benchmark(runs, data, world, out_dir, warm_up=5, rounds=10, steps=4):
         ms = statistics.median(taken)
         rate = s.batch_size * s.seq_len / ms * 1000
         tflops = rate * counts.flops_per_token / 1e12
-        rows.append([s.norm_scale, f"{ms:.3f}", f"{rate:.0f}", f"{tflops:.4f}", peak, f"{ms / statistics.median(times[0]):.4f}"])
+        ratio = ms / statistics.median(times[0])
+        rows.append([s.norm_scale, f"{ms:.3f}", f"{rate:.0f}", f"{tflops:.4f}", peak, f"{ratio:.4f}"])
     path = Path(out_dir, "benchmark.csv")
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -784,11 +805,12 @@ def check_folder(folder, s, args, data):
         s.warmup_steps = config["warmup_steps"]  # a longer run goes on from the same warm-up
     check_same(folder.path, config, s)
     if config["data_sha256"] != data.sha256:
-        raise UserError(f"{folder.path} was trained on other data than {data.folder} holds now; --overwrite starts anew")
+        raise UserError(f"{folder.path} is of other data than {data.folder} holds now; --overwrite starts anew")
     if config["steps"] == s.steps:
         return config["status"] == "done"
     if s.steps * WSD_STABLE < int(WSD_STABLE * config["steps"]):
-        raise UserError(f"{folder.path} was constant for {int(WSD_STABLE * config['steps'])} steps: --steps={s.steps} would decay before")
+        constant = f"{int(WSD_STABLE * config['steps'])} steps at a constant rate"
+        raise UserError(f"{folder.path} has {constant}: --steps={s.steps} would have decayed before")
     return False
 
 
