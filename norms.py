@@ -95,7 +95,12 @@ class NormScale:
                 if piece == "none":
                     raise ValueError(f"'none' stands alone, not as a part of {text!r}; the grammar: {GRAMMAR_IN_WORDS}")
                 if row is None:
-                    known = ["none", "standard", "unified", *(known for options in GRAMMAR.values() for known in options)]
+                    known = [
+                        "none",
+                        "standard",
+                        "unified",
+                        *(known for options in GRAMMAR.values() for known in options),
+                    ]
                     nearest = difflib.get_close_matches(piece, known, n=1, cutoff=0)[0]
                     meant = f"did you mean {nearest!r}? the grammar: {GRAMMAR_IN_WORDS}"
                     raise ValueError(f"unknown part {piece!r} in {text!r}, {meant}")

@@ -234,7 +234,7 @@ class Entry:
         return [mine[seed].final - theirs[seed].final for seed in sorted(mine.keys() & theirs.keys())]
 
     def breakdown(self):
-        """"1 of 3 diverged at step 500", or nothing."""
+        """ "1 of 3 diverged at step 500", or nothing."""
         runs = broken(self.runs)
         what = sorted({f"{run.state} at step {run.step}" for run in runs})
         return f"{len(runs)} of {len(self.runs)} {', '.join(what)}" if runs else ""

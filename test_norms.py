@@ -91,7 +91,7 @@ def gamma_of(scale, form):
         return raw["beta"] * math.sqrt(len(raw["alpha"])) * raw["alpha"] / raw["alpha"].pow(2).sum().sqrt()
     if "er" in form.split("+"):
         return raw["beta"].exp() * raw["alpha"].exp() / raw["alpha"].mean().exp()
-    return raw["gamma"]
+    return raw["gamma"] if "gamma" in raw else scale()  # a form of your own has no second formula here
 
 
 def naive_branch(layer, n, c, form, head_dim=None):
@@ -509,8 +509,12 @@ def P_of(vector):
         q = vector.alpha * d**0.5 / vector.alpha.norm()
         along = torch.outer(q, q)
         return along + vector.beta**2 * d / vector.alpha.norm() ** 2 * (torch.eye(d) - along / d)
-    gamma = torch.exp(vector.beta + vector.alpha - vector.alpha.sum() / d)
-    return torch.diag(gamma**2) + (1 - 1 / d) * torch.outer(gamma, gamma)
+    if vector.form is norms.PARAMETERS["er"][1]:
+        gamma = torch.exp(vector.beta + vector.alpha - vector.alpha.sum() / d)
+        return torch.diag(gamma**2) + (1 - 1 / d) * torch.outer(gamma, gamma)
+    with torch.enable_grad():
+        J = norms.jacobian(vector(), vector.parameters())  # of a form of your own
+    return J @ J.T
 
 
 def dissipation(module, teacher=TEACHER):

@@ -190,11 +190,20 @@ def resolve(args, scale, lr, seed, world, vocab_size):
 
     for wrong, message in [
         (s.d_model % s.n_head, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}"),
-        (s.d_model // s.n_head % 2, f"--n-head: rotary embedding turns pairs, not heads of width {s.d_model // s.n_head}"),
+        (
+            s.d_model // s.n_head % 2,
+            f"--n-head: rotary embedding turns pairs, not heads of width {s.d_model // s.n_head}",
+        ),
         (preset.get("n_expert") and s.d_model % 8, f"--d-model: {s.d_model} is no multiple of 8, which experts need"),
         (s.batch_size % world.size, f"--batch-size: {s.batch_size} sequences do not split over {world.size} processes"),
-        (part % s.micro_batch_size, f"--micro-batch-size: {s.micro_batch_size} does not divide {part} sequences of a process"),
-        (s.dtype == "bfloat16" and not world.has_bfloat16, f"--dtype: bfloat16 needs a GPU that has it, not {s.device}"),
+        (
+            part % s.micro_batch_size,
+            f"--micro-batch-size: {s.micro_batch_size} does not divide {part} sequences of a process",
+        ),
+        (
+            s.dtype == "bfloat16" and not world.has_bfloat16,
+            f"--dtype: bfloat16 needs a GPU that has it, not {s.device}",
+        ),
     ]:
         if wrong:
             raise UserError(message)
@@ -307,7 +316,9 @@ class Data:
             raise UserError(f"{self.folder} has {self.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}")
         for name, tokens in ("train.bin", self.train), ("val.bin", self.val):
             if len(tokens) <= s.seq_len:
-                raise UserError(f"{self.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one")
+                raise UserError(
+                    f"{self.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
+                )
 
     def batch(self, s, step, world):
         """This process's part of the batch that (seed, step) names: (sequences, T + 1), on its way to the device."""
@@ -643,7 +654,9 @@ def train(s, scale, data, world, folder, config, resume):
                 raise Stopped(128 + (stop.signum or signal.SIGTERM))
     folder.set_config(config, status="done")
     bits = progress.val_loss / math.log(2) / data.bytes_per_token
-    say(f"\nval loss {progress.val_loss:.4f} nats a token, {bits:.3f} bits a byte, in {progress.seconds:,.0f} s of training")
+    say(
+        f"\nval loss {progress.val_loss:.4f} nats a token, {bits:.3f} bits a byte, in {progress.seconds:,.0f} s of training"
+    )
     say(f"record: {folder.path}\n\na text from this model: {sample(trainer.model, data, world)!r}\n")
 
 
@@ -728,8 +741,12 @@ def describe(s, scale, counts):
             what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
             lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
     tokens = s.steps * s.batch_size * s.seq_len
-    lines.append(f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {tokens / counts.activated:.1f} a parameter")
-    lines.append(f"{s.optimizer}, {s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps; seed {s.seed}; {s.device}, {s.dtype}")
+    lines.append(
+        f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {tokens / counts.activated:.1f} a parameter"
+    )
+    lines.append(
+        f"{s.optimizer}, {s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps; seed {s.seed}; {s.device}, {s.dtype}"
+    )
     return "\n".join(lines)
 
 
