@@ -1295,6 +1295,7 @@ def test_whole_numbers_have_a_range(small, tmp_path, capsys, flag, value):
         (["--step=3"], ["--step"]),
         (["--n-head=3"], ["3 heads", "16"]),
         (["--n-head=16"], ["rotary"]),
+        (["--model=moe-tiny", "--compile=on"], ["--compile", "bfloat16"]),
         (["--model=moe-tiny", "--d-model=12"], ["12", "multiple of 8"]),
         (["--batch-size=4", "--micro-batch-size=3"], ["--micro-batch-size"]),
         (["--d-model=65536", "--n-layer=1000"], ["GiB"]),

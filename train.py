@@ -183,7 +183,9 @@ def resolve(args, scale, lr, seed, world, vocab_size):
     s.checkpoint_every = choose("checkpoint_every", s.eval_every)
     s.device, s.processes, s.threads = world.device.type, world.size, torch.get_num_threads()
     s.dtype = {"auto": "bfloat16" if world.has_bfloat16 else "float32"}.get(args.dtype, args.dtype)
-    s.compile = {"auto": "on" if s.device == "cuda" else "off"}.get(args.compile, args.compile)
+    # torch's own description of grouped_mm to the compiler knows bfloat16 alone, where eager float32 works.
+    cannot_compile = preset.get("n_expert") and s.dtype == "float32"
+    s.compile = {"auto": "on" if s.device == "cuda" and not cannot_compile else "off"}.get(args.compile, args.compile)
     part, limit = s.batch_size // world.size, preset.get("tokens_at_once", math.inf) / s.seq_len
     fitting = (m for m in range(part, 0, -1) if part % m == 0 and m <= max(1, limit))
     s.micro_batch_size = choose("micro_batch_size", next(fitting, 1))
@@ -204,6 +206,7 @@ def resolve(args, scale, lr, seed, world, vocab_size):
             s.dtype == "bfloat16" and not world.has_bfloat16,
             f"--dtype: bfloat16 needs a GPU that has it, not {s.device}",
         ),
+        (cannot_compile and s.compile == "on", "--compile: torch compiles experts in bfloat16 only"),
     ]:
         if wrong:
             raise UserError(message)
