@@ -1078,6 +1078,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(small, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_in_a_last_step_stops_the_runs_after_it(small, monkeypatch):
+    stop_at(monkeypatch, 20, signal.SIGTERM)
+    assert small("--norm-scale", "none", "standard", "--out-dir=runs") == 143
+    status = {p.parent.name.split("-")[1]: json.loads(p.read_text())["status"] for p in Path("runs").glob("*/config.json")}
+    assert status == {"none": "done"}
+
+
 def test_evaluating_more_often_changes_nothing(small):
     small("--out-dir=often", "--eval-every=2", "--eval-tokens=100")
     small("--out-dir=rarely", "--eval-every=10")

@@ -657,10 +657,10 @@ def train(s, scale, data, world, folder, config, resume):
                 raise Stopped(128 + (stop.signum or signal.SIGTERM))
     folder.set_config(config, status="done")
     bits = progress.val_loss / math.log(2) / data.bytes_per_token
-    say(
-        f"\nval loss {progress.val_loss:.4f} nats a token, {bits:.3f} bits a byte, in {progress.seconds:,.0f} s of training"
-    )
+    say(f"\nval loss {progress.val_loss:.4f} nats a token, {bits:.3f} bits a byte, {progress.seconds:,.0f} s of training")
     say(f"record: {folder.path}\n\na text from this model: {sample(trainer.model, data, world)!r}\n")
+    if stop.signum:  # came with the last step: other runs of the command do not start
+        raise Stopped(128 + stop.signum)
 
 
 def scale_rows(model, step, load):
