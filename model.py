@@ -147,7 +147,7 @@ class FeedForward(nn.Module):
 
 @dataclass
 class Routing:
-    """How one layer's router spread the tokens: the load-balancing loss, and each expert's share f_i (E,)."""
+    """How one layer's router spread the tokens: the load-balancing loss, and each expert's share f_i (B, E)."""
 
     balance_loss: torch.Tensor
     load: torch.Tensor
@@ -193,7 +193,7 @@ class MixtureOfExperts(nn.Module):
         W_down = pad_to_8(torch.stack(list(self.expert_down)), dim=2)  # (E, d, f)
         y = grouped_linear(F.silu(gate) * up, W_down, ends) * weight.flatten()[order, None].to(gate.dtype)
         routed = torch.zeros_like(shared).flatten(0, 1).index_add(0, token, y.to(shared.dtype))
-        return shared + routed.view_as(shared), Routing(balance_loss, share.mean(0))
+        return shared + routed.view_as(shared), Routing(balance_loss, share)
 
     def residual_projections(self):
         return [self.down, *self.expert_down]
@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, tokens, targets=None):
-        """Logits, or with targets (language loss in nats a token, balance loss, expert load (layers, E)).
+        """Logits, or with targets (language loss in nats a token, balance loss, expert load (layers, B, E)).
 
         Targets of -100 do not count. A dense model's balance loss is 0 and its load None.
         """

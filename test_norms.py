@@ -359,7 +359,7 @@ def test_the_transformer_is_the_one_written_out(form, model):
         a, b = (torch.zeros_like(p) if g is None else g.to(p.dtype) for g in (a, b))
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
     if load is not None:
-        torch.testing.assert_close(load.sum(-1), torch.ones(2))
+        torch.testing.assert_close(load.sum(-1), torch.ones(2, 3))
 
 
 def test_experts_without_tokens():
@@ -1046,10 +1046,10 @@ def stop_at(monkeypatch, step, signum):
     """Sends a signal to this process while it computes a step."""
     original = train.Trainer.step
 
-    def step_with_signal(self, number, tokens, stop=0):
+    def step_with_signal(self, number, *arguments):
         if number + 1 == step:
             os.kill(os.getpid(), signum)
-        return original(self, number, tokens, stop)
+        return original(self, number, *arguments)
 
     monkeypatch.setattr(train.Trainer, "step", step_with_signal)
 
@@ -1139,9 +1139,12 @@ def test_micro_batches_change_nothing_but_rounding(small):
         small(f"--micro-batch-size={size}", "--model=moe-tiny", f"--out-dir=size{size}")
     for a, b in zip(rows_of(only_run("size4")), rows_of(only_run("size1"))):
         assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, rel=1e-4)
+    loads = [[line for line in (only_run(f"size{n}") / "scales.csv").read_text().splitlines() if ",load," in line] for n in (4, 1)]
+    numbers = [[float(x) for line in lines for x in line.split(",")[3:6]] for lines in loads]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.02)  # a token near a tie may go another way
 
 
-def test_wsd_goes_on_from_where_its_decay_began(small):
+def test_wsd_goes_on_from_where_its_decay_began(small, monkeypatch, capsys):
     small("--schedule=wsd", "--out-dir=long", "--steps=40", "--warmup-steps=10")
     small("--schedule=wsd", "--out-dir=grown")
     folder = only_run("grown")
@@ -1149,17 +1152,24 @@ def test_wsd_goes_on_from_where_its_decay_began(small):
     assert [row["step"] for row in rows_of(folder)] == ["5", "10", "15", "20"]
     assert small("--schedule=wsd", "--out-dir=grown", "--steps=40", "--resume") == 0
     assert rows_of(folder) == rows_of(only_run("long"))
-    command = json.loads((folder / "config.json").read_text())["command"]
-    assert "--steps=40" in command and "--warmup-steps=10" in command
+    assert "--steps=40" in json.loads((folder / "config.json").read_text())["command"]
+    # An interrupted longer run goes on from where it was, not from where the shorter one ended its constant part.
+    with monkeypatch.context() as patch:
+        stop_at(patch, 25, signal.SIGTERM)
+        assert small("--schedule=wsd", "--out-dir=twice", "--steps=40") == 143
+    small("--schedule=wsd", "--out-dir=twice", "--steps=44", "--resume")
+    assert "goes on after step 25" in capsys.readouterr().out and rows_of(only_run("twice"))[-1]["step"] == "44"
+    (folder / "checkpoint-stable.pt").unlink()
+    told_in_one_line(capsys, lambda: small("--schedule=wsd", "--out-dir=grown", "--steps=60", "--resume"), "decayed")
 
 
 def test_a_diverging_run_stops_before_its_weights_are_touched_and_others_go_on(small, monkeypatch, capsys):
     original = train.Trainer.step
 
-    def poisoned(self, number, tokens, stop=0):
+    def poisoned(self, number, *arguments):
         if number == 12 and self.s.norm_scale == "none":
             next(iter(self.model.blocks.parameters())).register_hook(lambda grad: grad * math.nan)
-        return original(self, number, tokens, stop)
+        return original(self, number, *arguments)
 
     monkeypatch.setattr(train.Trainer, "step", poisoned)
     assert small("--norm-scale", "none", "standard", "--out-dir=runs") == 1
@@ -1186,6 +1196,19 @@ def test_a_run_out_of_memory_is_recorded_and_others_go_on(small, monkeypatch, ca
     status = {c["norm_scale"]: c["status"] for c in (json.loads(p.read_text()) for p in Path("runs").glob("*/config.json"))}
     assert status == {"none": "failed", "standard": "done"}
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_nothing_of_an_overwritten_run_can_come_back(small, monkeypatch):
+    small("--out-dir=runs")
+    monkeypatch.setattr(train.Trainer, "__init__", lambda *_: torch.empty(2**62 // 4))  # out of memory
+    assert small("--out-dir=runs", "--overwrite") == 1
+    assert {path.name for path in only_run("runs").iterdir()} == {".lock", "config.json"}
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_divergence(small, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda *_: (math.nan, None))
+    assert small("--out-dir=runs") == 1
+    assert json.loads((only_run("runs") / "config.json").read_text())["status"] == "diverged"
 
 
 def test_done_runs_are_passed_over(small, capsys):
@@ -1286,6 +1309,7 @@ def test_whole_numbers_have_a_range(small, tmp_path, capsys, flag, value):
         (["--seed", "0", "99999999999999"], ["--seed"]),
         (["--d-ff=+0"], ["--d-ff"]),
         (["--d-ff=+-3"], ["--d-ff"]),
+        (["--d-ff=++5"], ["--d-ff"]),
         (["--norm-scale=standart"], ["standart", "standard"]),
         (["--norm-scale", "none", "hg+hgg"], ["hgg"]),
         (["--model=llama"], ["llama", "tiny"]),
@@ -1341,6 +1365,10 @@ def broken_data(data_folder, tmp_path, how):
         (folder / "meta.json").write_text("{")
     elif how == "meta lacks keys":
         (folder / "meta.json").write_text("{}")
+    elif how == "meta has no length of a token":
+        (folder / "meta.json").write_text(json.dumps(meta | {"bytes_per_token": 0}))
+    elif how == "meta is deep":
+        (folder / "meta.json").write_text("[" * 100_000)
     elif how == "meta is a list":
         (folder / "meta.json").write_text("[1]")
     elif how == "no tokenizer":
@@ -1372,6 +1400,8 @@ def broken_data(data_folder, tmp_path, how):
         ("meta is not JSON", ["meta.json"]),
         ("meta lacks keys", ["vocab_size"]),
         ("meta is a list", ["meta.json"]),
+        ("meta has no length of a token", ["meta.json"]),
+        ("meta is deep", ["meta.json"]),
         ("no tokenizer", ["tokenizer.tiktoken"]),
         ("tokenizer is something else", ["tokenizer.tiktoken"]),
         ("truncated", ["train.bin", "sha256"]),
@@ -1496,6 +1526,18 @@ def test_a_full_disk_is_told_and_leaves_whole_files(small, monkeypatch, capsys, 
     monkeypatch.setattr(os, "fsync", full)
     told_in_one_line(capsys, lambda: small("--out-dir=runs"), "No space left on device")
     assert not list(Path("runs").glob("*/checkpoint.pt"))
+
+
+def test_a_disk_that_fills_up_within_a_checkpoint(small, capsys):
+    resource = pytest.importorskip("resource")  # not on Windows
+    small("--steps=5", "--out-dir=before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow larger
+    try:
+        told_in_one_line(capsys, lambda: small("--out-dir=runs"), "too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in only_run("runs").iterdir()} == {".lock", "config.json", "metrics.csv", "scales.csv"}
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ BALANCE_LOSS = 1e-3  # coefficient of the load-balancing loss of a mixture of ex
 WSD_STABLE = 0.8  # share of the steps before wsd's decay
 METRICS = "step tokens seconds lr train_loss val_loss grad_norm tokens_per_second peak_memory_mb".split()
 SCALES = "step kind name min mean max norm".split()
+# What reading a record that this program did not write can raise, besides OSError.
+FOREIGN = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, argparse.ArgumentTypeError)
 BENCHMARK = "norm_scale ms_per_step tokens_per_second tflops peak_memory_mb ratio".split()
 
 
@@ -82,7 +84,8 @@ def number(kind, low, high):
 
 def width(text):
     """An argparse type: a width, or +n for n more than the default."""
-    number(int, 1, 2**20)(text.removeprefix("+"))
+    if not re.fullmatch(r"\+?\d{1,7}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width from 1 to 9,999,999, or + and one")
     return text
 
 
@@ -153,6 +156,10 @@ def preset_steps(name):
     return round(100 * count(make_config(argparse.Namespace(**p), p)).activated / (p["batch_size"] * p["seq_len"]))
 
 
+def default_warmup(steps):
+    return max(10, steps // 20)
+
+
 def make_config(s, preset, scale=NormScale()):
     kind = {key: preset[key] for key in ("gemma", "n_expert", "top_k") if key in preset}
     return Config(s.d_model, s.n_head, s.n_layer, s.d_ff, s.vocab_size, s.seq_len, scale, **kind)
@@ -178,7 +185,7 @@ def resolve(args, scale, lr, seed, world, vocab_size):
     s.steps = args.steps or preset_steps(args.model)
     if args.tokens:
         s.steps = math.ceil(args.tokens / (s.batch_size * s.seq_len))
-    s.warmup_steps = choose("warmup_steps", max(10, s.steps // 20))
+    s.warmup_steps = choose("warmup_steps", default_warmup(s.steps))
     s.eval_every, s.eval_tokens = choose("eval_every"), choose("eval_tokens")
     s.checkpoint_every = choose("checkpoint_every", s.eval_every)
     s.device, s.processes, s.threads = world.device.type, world.size, torch.get_num_threads()
@@ -232,7 +239,8 @@ def command_of(args, s):
     """A command that makes this one run: the given flags, with one value each."""
     once = {"norm_scale": s.norm_scale, "seed": s.seed, "lr": s.lr}
     if s.schedule == "wsd":  # whose steps may have grown since the warm-up was chosen
-        once |= {"steps": s.steps, "warmup_steps": s.warmup_steps, "tokens": None}
+        warmup = {} if s.warmup_steps == default_warmup(s.steps) else {"warmup_steps": s.warmup_steps}
+        once |= {"steps": s.steps, "tokens": None, **warmup}
     values = {name: once.get(name, value) for name, value in (vars(args) | once).items()}
     default = vars(command_line().parse_args([]))
     words = [
@@ -295,12 +303,12 @@ class Data:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size, self.sha256 = int(self.meta["vocab_size"]), dict(self.meta["sha256"])
-            self.bytes_per_token = float(self.meta["bytes_per_token"])
+            self.bytes_per_token = number(float, 1e-9, 1e9)(self.meta["bytes_per_token"])
             self.vocabulary = prepare_data.load_vocabulary(folder)
         except FileNotFoundError as error:
             raise UserError(f"no {Path(error.filename).name} in {folder}: prepare_data.py makes such a folder") from None
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"meta.json or tokenizer.tiktoken of {folder} is not prepare_data.py's: {error!r}") from None
+        except FOREIGN as error:
+            raise UserError(f"meta.json or tokenizer.tiktoken of {folder} is not prepare_data.py's: {error}") from None
         self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
 
     def _tokens(self, name):
@@ -396,8 +404,8 @@ class Trainer:
     def autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.s.dtype == "bfloat16")
 
-    def step(self, step, tokens, stop=0):
-        """One optimiser step on `tokens` (sequences, T + 1): (loss, gradient norm, whether any process has `stop`).
+    def step(self, step, tokens, signals=None):
+        """One optimiser step on `tokens` (sequences, T + 1): (loss, gradient norm, whether a process is to stop).
 
         Raises Diverged where loss or norm is not finite, before any weight is touched.
         """
@@ -412,7 +420,8 @@ class Trainer:
                 ((language + BALANCE_LOSS * balance) / len(parts)).backward()
             loss += language.detach() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.grad_clip or math.inf)
-        loss, norm, stop = self.world.sum([loss.item() / self.world.size, norm.item() / self.world.size, stop])
+        size, signum = self.world.size, signals.signum if signals else 0
+        loss, norm, stop = self.world.sum([loss.item() / size, norm.item() / size, signum])
         lr = learning_rate(self.s, step)
         if not math.isfinite(loss + norm):
             where = f"step {step + 1}, learning rate {lr:.3g} of --lr={self.s.lr:g}"
@@ -427,16 +436,18 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, data):
         """(mean language loss in nats a token, expert load (layers, E) or None) over the validation windows."""
-        total, tokens, batches, loads = 0.0, 0, 0, torch.zeros(0)
+        total, tokens, loads = 0.0, 0, torch.zeros(0)
         for inputs, targets in data.evaluation(self.s, self.world):
             with self.autocast():
                 loss, _, load = self.eval_forward(inputs, targets)
             counted = int((targets >= 0).sum())
             total, tokens = total + loss.item() * counted, tokens + counted
             if load is not None:
-                batches, loads = batches + 1, load.cpu() + (loads if batches else 0)
-        total, tokens, batches, *shares = self.world.sum([total, tokens, batches, *loads.flatten().tolist()])
-        return total / tokens, torch.tensor(shares).view_as(loads) / batches if batches else None
+                load = load[:, targets[:, 0] >= 0].sum(1).cpu()
+                loads = loads + load if len(loads) else load
+        total, tokens, *loads_of_all = self.world.sum([total, tokens, *loads.flatten().tolist()])
+        windows = tokens / self.s.seq_len
+        return total / tokens, torch.tensor(loads_of_all).view_as(loads) / windows if len(loads) else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -500,7 +511,7 @@ class RunFolder:
             return {**dict.fromkeys(("status", "data_sha256", *SAME_RUN)), **config}
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except FOREIGN as error:
             raise UserError(f"{self.path / 'config.json'} is not a run's record: {error}") from None
 
     def set_config(self, config, **outcome):
@@ -509,7 +520,8 @@ class RunFolder:
 
     def clear(self):
         if self.writes:
-            for name in ("config.json", "checkpoint.pt", "checkpoint-stable.pt", *self.RECORDS):
+            # Checkpoints first: killed in between, nothing is left that --resume could go on from.
+            for name in ("checkpoint.pt", "checkpoint-stable.pt", *self.RECORDS, "config.json"):
                 (self.path / name).unlink(missing_ok=True)
 
     def save(self, name, trainer, progress):
@@ -522,26 +534,37 @@ class RunFolder:
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "records": {name: path.stat().st_size if path.exists() else 0 for name, path in records.items()},
         }
-        self.replace(name, lambda file: torch.save(contents, file))
+        try:
+            self.replace(name, lambda file: torch.save(contents, file))
+        except RuntimeError as error:  # torch.save covers a full disk with an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    def read(self):
+        """The contents of checkpoint.pt: (what `save` put there, the progress in it)."""
+        path = self.path / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            progress = Progress(**saved["progress"])
+            saved["records"] = [int(saved["records"][name]) for name in self.RECORDS]
+            if saved["run"].keys() != set(SAME_RUN) or not 0 <= progress.step:
+                raise ValueError("other contents")
+            return saved, progress
+        except Exception as error:  # whatever torch makes of bytes that it did not write
+            reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+            raise UserError(f"{path} is not a whole checkpoint ({reason}); --overwrite starts anew") from None
 
     def load(self, trainer):
         """Puts the trainer where its checkpoint.pt was saved, and drops younger lines from the records."""
-        path = self.path / "checkpoint.pt"
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            run, progress, lengths = saved["run"], Progress(**saved["progress"]), dict(saved["records"])
-        except Exception as error:  # whatever torch makes of bytes that it did not write
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} is not a whole checkpoint ({reason[:100]}); --overwrite starts anew") from None
-        check_same(path, run, trainer.s)
+        path, (saved, progress) = self.path / "checkpoint.pt", self.read()
+        check_same(path, saved["run"], trainer.s)
         try:
             trainer.model.load_state_dict(saved["model"])
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except Exception as error:
             raise UserError(f"{path} does not fit this model: {str(error).splitlines()[0][:100]}") from None
-        for name, columns in zip(self.RECORDS, (METRICS, SCALES)):
-            self._cut(self.path / name, columns, lengths[name])
+        for name, columns, length in zip(self.RECORDS, (METRICS, SCALES), saved["records"]):
+            self._cut(self.path / name, columns, length)
         return progress
 
     def _cut(self, path, columns, length):
@@ -556,8 +579,9 @@ class RunFolder:
 def check_same(where, old, s):
     """Raises UserError where a record is of another run than the settings s. wsd may be prolonged."""
     for key in SAME_RUN:
-        if old.get(key) != vars(s)[key] and not (key == "steps" and s.schedule == "wsd"):
-            there = f"{key} is {old.get(key)} there and {vars(s)[key]} here"
+        longer = key == "steps" and s.schedule == "wsd" and isinstance(old[key], int)
+        if old[key] != vars(s)[key] and not longer:
+            there = f"{key} is {old[key]} there and {vars(s)[key]} here"
             raise UserError(f"{where} is of another run: {there}; --overwrite starts anew")
 
 
@@ -613,11 +637,11 @@ class StatusLine:
 
 def train(s, scale, data, world, folder, config, resume):
     """One run, from its start or from its checkpoint, to its end. Raises Diverged and Stopped."""
-    trainer, progress, line = Trainer(s, scale, world), Progress(), StatusLine()
     resume = resume and (folder.path / "checkpoint.pt").exists()
     if not resume:
         folder.clear()
     folder.set_config(config, status="running", reason=None)
+    trainer, progress, line = Trainer(s, scale, world), Progress(), StatusLine()
     if resume:
         progress = folder.load(trainer)
         say(f"goes on after step {progress.step:,}")
@@ -629,7 +653,7 @@ def train(s, scale, data, world, folder, config, resume):
     with StopSignals() as stop:
         while progress.step < s.steps:
             start = time.perf_counter()
-            loss, norm, stopped = trainer.step(progress.step, batch, stop.signum)
+            loss, norm, stopped = trainer.step(progress.step, batch, stop)
             progress.step += 1
             last = progress.step == s.steps
             if not last:
@@ -662,6 +686,8 @@ def record_evaluation(trainer, data, folder, progress, norm, line):
     """Evaluates, and writes a line of metrics.csv and those of scales.csv. Returns the progress from this line on."""
     s, step, seconds = trainer.s, progress.step, progress.seconds
     val_loss, load = trainer.evaluate(data)
+    if not math.isfinite(val_loss):
+        raise Diverged(f"diverged at step {step}: validation loss {val_loss:g}, --lr={s.lr:g}")
     train_loss = progress.loss_sum / (step - progress.line_step)
     rate = (step - progress.line_step) * s.batch_size * s.seq_len / (seconds - progress.line_seconds)
     tokens, memory = step * s.batch_size * s.seq_len, peak_memory_mb(trainer.world.device)
@@ -846,11 +872,14 @@ def check_folder(folder, s, args, data):
 
 
 def prolong(folder, s):
-    """A wsd run of more steps goes on from where the shorter one's decay began, or from its checkpoint before that."""
+    """A wsd run of more steps goes on from its checkpoint, or, where that has decayed, from before the decay."""
     config, stable = folder.config(), folder.path / "checkpoint-stable.pt"
-    if config and config["steps"] != s.steps and stable.exists():
-        with open(stable, "rb") as source:
-            folder.replace("checkpoint.pt", lambda file: shutil.copyfileobj(source, file))
+    if config and config["steps"] != s.steps and (folder.path / "checkpoint.pt").exists():
+        if folder.read()[1].step > int(WSD_STABLE * config["steps"]):
+            if not stable.exists():
+                raise UserError(f"{folder.path} has decayed, and has no {stable.name} to go on from")
+            with open(stable, "rb") as source:
+                folder.replace("checkpoint.pt", lambda file: shutil.copyfileobj(source, file))
 
 
 def run(args):
@@ -909,12 +938,17 @@ def run(args):
 def main(argv=None):
     parser = command_line()
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sampled text may have letters that a terminal has not
     try:
         return run(args)
     except UserError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or 'writing'}: {error.strerror or error}")
+    except Diverged as error:  # in a benchmark
+        print(error, file=sys.stderr)
+        return 1
     except Stopped as stopped:
         return stopped.args[0]
     except KeyboardInterrupt:
