@@ -85,8 +85,8 @@ PRESETS = {
 
 def rotations(seq_len, head_dim, theta=10_000.0):
     """cos and sin of RoPE's angles t * theta^(-2 i / head_dim), written out for `rotate`: (2, T, 1, d/H)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
     cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
     sin = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1)
     return torch.stack([cos, sin])[:, :, None].float()

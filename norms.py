@@ -60,6 +60,7 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
         "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
     },
 }
+ROW_OF = {part: row for row, parts in GRAMMAR.items() for part in parts}
 UNIFIED = ("hg", "dnp", "or", "iwd")  # the paper's unified strategy
 GRAMMAR_IN_WORDS = "none, standard, unified, or parts joined by +, at most one of each: " + ", ".join(
     "|".join(parts) for parts in GRAMMAR.values()
@@ -91,16 +92,11 @@ class NormScale:
         chosen = {}
         for part in parts:
             for piece in {"standard": (), "unified": UNIFIED}.get(part, (part,)):
-                row = next((row for row, options in GRAMMAR.items() if piece in options), None)
+                row = ROW_OF.get(piece)
                 if piece == "none":
                     raise ValueError(f"'none' stands alone, not as a part of {text!r}; the grammar: {GRAMMAR_IN_WORDS}")
                 if row is None:
-                    known = [
-                        "none",
-                        "standard",
-                        "unified",
-                        *(known for options in GRAMMAR.values() for known in options),
-                    ]
+                    known = ["none", "standard", "unified", *ROW_OF]
                     nearest = difflib.get_close_matches(piece, known, n=1, cutoff=0)[0]
                     meant = f"did you mean {nearest!r}? the grammar: {GRAMMAR_IN_WORDS}"
                     raise ValueError(f"unknown part {piece!r} in {text!r}, {meant}")
@@ -110,7 +106,7 @@ class NormScale:
                 chosen[row] = piece
         in_order = [chosen[row] for row in GRAMMAR if row in chosen]
         fields = {name: value for row in chosen for name, value in GRAMMAR[row][chosen[row]][0].items()}
-        only_decay = all(row == "weight decay" for row in chosen)
+        only_decay = set(chosen) <= {"weight decay"}
         label = "unified" if tuple(in_order) == UNIFIED else "+".join(["standard"] * only_decay + in_order)
         return cls(label, **fields)
 
@@ -331,7 +327,7 @@ def grouped_linear(x, W, ends):
 
 def pad_to_8(x, dim):
     """x with zeros at the end of axis dim, up to a multiple of 8 entries."""
-    return F.pad(x, [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, -x.shape[dim] % 8])
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, -x.shape[dim] % 8])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -359,15 +355,10 @@ def decay_groups(model, scale, weight_decay):
     Matrices decay; scale vectors decay where `scale.decayed` names their role (section 2.2). Under OR
     and ER it is the raw alpha and beta that decay. Empty groups are left out.
     """
+    role = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
     by_role = {"matrices": [], "input": [], "output": []}
-    seen = set()
-    for module in model.modules():
-        role = module.role if isinstance(module, ScaleVector) else "matrices"
-        for parameter in module.parameters(recurse=False):
-            if parameter not in seen:  # tied weights appear twice
-                seen.add(parameter)
-                by_role[role].append(parameter)
-    assert seen == set(model.parameters())
+    for parameter in model.parameters():
+        by_role[role.get(parameter, "matrices")].append(parameter)
     names = {"matrices": "matrices", "input": "Input-Norm scale vectors", "output": "Output-Norm scale vectors"}
     decayed = ("matrices", *scale.decayed)
     return [

@@ -1160,7 +1160,7 @@ def test_wsd_goes_on_from_where_its_decay_began(small, monkeypatch, capsys):
     small("--schedule=wsd", "--out-dir=twice", "--steps=44", "--resume")
     assert "goes on after step 25" in capsys.readouterr().out and rows_of(only_run("twice"))[-1]["step"] == "44"
     (folder / "checkpoint-stable.pt").unlink()
-    told_in_one_line(capsys, lambda: small("--schedule=wsd", "--out-dir=grown", "--steps=60", "--resume"), "decayed")
+    told_in_one_line(capsys, lambda: small("--schedule=wsd", "--out-dir=grown", "--steps=60", "--resume"), "checkpoint-stable.pt")
 
 
 def test_a_diverging_run_stops_before_its_weights_are_touched_and_others_go_on(small, monkeypatch, capsys):
@@ -1181,6 +1181,15 @@ def test_a_diverging_run_stops_before_its_weights_are_touched_and_others_go_on(s
     assert saved["progress"]["step"] == 10 and all(p.isfinite().all() for p in saved["model"].values())
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "step 13" in error
+
+
+def test_a_run_with_a_bad_checkpoint_is_recorded_and_others_go_on(small, capsys):
+    small("--out-dir=runs", "--norm-scale", "none", "standard", "--steps=6")
+    for folder in Path("runs").iterdir():
+        spoil(folder, "checkpoint empty" if "none" in folder.name else "nothing but the status")
+    assert small("--out-dir=runs", "--norm-scale", "none", "standard", "--steps=6", "--resume") == 1
+    status = {c["norm_scale"]: c["status"] for c in (json.loads(p.read_text()) for p in Path("runs").glob("*/config.json"))}
+    assert status == {"none": "failed", "standard": "done"} and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_run_out_of_memory_is_recorded_and_others_go_on(small, monkeypatch, capsys):
@@ -1259,6 +1268,7 @@ def test_two_processes_give_the_losses_of_one(small, data_folder, monkeypatch):
     assert result.returncode == 0, result.stderr
     for a, b in zip(rows_of(only_run("one")), rows_of(only_run("two")), strict=True):
         assert [float(a[k]) for k in ("train_loss", "val_loss")] == pytest.approx([float(b[k]) for k in ("train_loss", "val_loss")], abs=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), abs=1e-4)
     # A checkpoint of two processes goes on in one.
     shutil.copytree("two", "then-one")
     folder = only_run("then-one")
@@ -1267,6 +1277,232 @@ def test_two_processes_give_the_losses_of_one(small, data_folder, monkeypatch):
     assert small("--out-dir=then-one", "--resume", *flags) == 0
     bad = torchrun([*SMALL, f"--data={data_folder}", "--batch-size=3"])
     assert bad.returncode != 0 and "3 sequences do not split over 2 processes" in bad.stderr
+
+
+# ---------------------------------------------------------------------------------------------------
+# The trainer in its details: each of these notices a line that the tests above would not miss
+
+
+def named(*flags, seed=0):
+    """(settings, folder name, command) of the one run of these flags."""
+    args, plain, world = (train.command_line().parse_args(list(flags)), train.command_line().parse_args([]), train.World("cpu"))
+    s, default = (train.resolve(a, a.norm_scale[0], a.lr and a.lr[0], seed, world, 64) for a in (args, plain))
+    return s, train.run_name(s, args, default), train.command_of(args, s)
+
+
+def test_schedule_and_micro_batch_at_their_edges():
+    assert train.learning_rate(settings("--steps=10", "--lr=1"), 9) == 1  # nothing but warm-up
+    assert settings("--model=llama-0.12b", "--batch-size=48").micro_batch_size == 24
+
+
+def test_folder_names():
+    plain = "tiny-standard-adamw-cosine-lr0.004-seed0"
+    assert named()[1] == named("--d-model=64")[1] == plain
+    assert named("--tokens=10240")[1] == plain + "-steps10" and named("--data=x/a b")[1] == plain + "-dataa_b"
+    assert named("--lr=0.0045")[1] == plain.replace("0.004", "0.0045")
+
+
+def test_command_of_a_run(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(train.World, "size", 2, raising=False)
+    args = train.command_line().parse_args(["--overwrite", "--schedule=wsd", "--tokens=10240", "--data=a b"])
+    s = train.resolve(args, NormScale(), None, 0, train.World("cpu"), 64)
+    s.processes = 2
+    start = "OMP_NUM_THREADS=3 torchrun --standalone --nproc-per-node=2 train.py --norm-scale=standard --lr=0.004 --seed=0"
+    assert train.command_of(args, s) == start + " --schedule=wsd --steps=10 '--data=a b'"
+
+
+def test_every_window_can_be_drawn_and_validation_windows_end_with_the_text():
+    world, s = train.World("cpu"), settings("--seq-len=8", "--batch-size=64")
+    text = Mock(train=np.arange(10, dtype="<u2"))
+    assert set(train.Data.batch(text, s, 0, world)[:, 0].tolist()) == {0, 1}
+
+    def windows(tokens, eval_tokens):
+        s = settings("--seq-len=4", "--batch-size=2", f"--eval-tokens={eval_tokens}")
+        batches = train.Data.evaluation(Mock(val=np.arange(tokens, dtype="<u2")), s, world)
+        return [row[0] for inputs, targets in batches for row, target in zip(inputs.tolist(), targets) if target[0] >= 0]
+
+    assert windows(13, 100) == [0, 4, 8] and windows(12, 100) == [0, 4] and windows(13, 1) == [0]
+
+
+def test_optimisers_have_the_papers_settings():
+    s = settings("--optimizer=muon", "--weight-decay=0.3", variant="unified")
+    adamw, muon = train.Trainer(s, NormScale.parse("unified"), train.World("cpu")).optimizers
+    assert adamw.defaults["betas"] == (0.9, 0.95) and (muon.defaults["momentum"], muon.defaults["nesterov"]) == (0.95, True)
+    decay = {group["name"]: group["weight_decay"] for o in (adamw, muon) for group in o.param_groups}
+    assert decay == {"matrices": 0.3, "Input-Norm scale vectors": 0.3, "Output-Norm scale vectors": 0}
+
+
+@pytest.mark.parametrize("clip", [0, 0.1, 100])
+def test_a_step_hands_over_the_clipped_gradient_of_both_losses(clip):
+    s = settings("--model=moe-tiny", "--seq-len=16", "--n-layer=1", f"--grad-clip={clip}")
+    trainer, tokens = train.Trainer(s, NormScale(), train.World("cpu")), torch.randint(64, (8, 17))
+    parameters, group, seen = list(trainer.model.parameters()), {}, []
+    language, balance, _ = trainer.model(tokens[:, :-1], tokens[:, 1:])
+    gradients = torch.autograd.grad(language + 1e-3 * balance, parameters)
+    norm = torch.nn.utils.parameters_to_vector(gradients).norm()
+    trainer.optimizers = [Mock(param_groups=[group], step=lambda: seen.extend(p.grad.clone() for p in parameters))]
+    assert trainer.step(3, tokens)[1] == pytest.approx(norm.item(), rel=1e-4) and group["lr"] == train.learning_rate(s, 3)
+    for ours, gradient in zip(seen, gradients, strict=True):
+        torch.testing.assert_close(ours, gradient * min(1, (clip or math.inf) / norm), rtol=1e-4, atol=1e-7)
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(small):
+    small("--schedule=wsd", "--out-dir=runs")
+    folder = only_run("runs")
+    small("--schedule=wsd", "--out-dir=runs", "--overwrite", "--steps=1")
+    assert [row["step"] for row in rows_of(folder)] == ["1"] and not (folder / "checkpoint-stable.pt").exists()
+    train.RunFolder(folder, train.World("cpu")).clear()
+    assert os.listdir(folder) == [".lock"]
+
+
+@pytest.mark.parametrize("key", ["status", "data_sha256", "warmup_steps"])
+def test_config_lacks_a_key(small, capsys, key):
+    small("--schedule=wsd", "--out-dir=runs")
+    path = only_run("runs") / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    again = lambda: small("--schedule=wsd", "--out-dir=runs", "--resume")
+    assert again() == 0 if key == "status" else told_in_one_line(capsys, again) is None
+
+
+def test_a_longer_wsd_run_keeps_its_warmup(small, data_folder, capsys):
+    small("--schedule=wsd", "--out-dir=runs")
+    args = train.command_line().parse_args([*SMALL, "--schedule=wsd", "--steps=400", "--resume"])
+    s = train.resolve(args, NormScale(), None, 0, train.World("cpu"), 300)
+    assert s.warmup_steps == 20
+    assert not train.check_folder(train.RunFolder(only_run("runs"), train.World("cpu")), s, args, train.Data(data_folder))
+    assert s.warmup_steps == 10
+    told_in_one_line(capsys, lambda: small("--schedule=wsd", "--out-dir=runs", "--steps=19", "--resume"), "16 steps")
+
+
+def test_the_same_signal_again_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), train.StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_ends_with_an_evaluation_and_a_checkpoint_and_a_stop_with_a_checkpoint(small, monkeypatch):
+    assert small("--steps=7", "--checkpoint-every=0", "--out-dir=runs") == 0
+    assert [row["step"] for row in rows_of(only_run("runs"))] == ["5", "7"]
+    step = lambda: torch.load(only_run("runs") / "checkpoint.pt", weights_only=True)["progress"]["step"]
+    assert step() == 7
+    stop_at(monkeypatch, 2, signal.SIGTERM)
+    assert small("--steps=7", "--checkpoint-every=0", "--out-dir=runs", "--overwrite") == 143 and step() < 7
+
+
+def test_record_has_tokens_rates_and_counts(small):
+    small("--model=moe-tiny", "--out-dir=runs")
+    config, counts = json.loads((only_run("runs") / "config.json").read_text()), count(Config(16, 2, 2, 42, 300, 16, n_expert=8, top_k=2))
+    for key in ("parameters", "activated", "scale"):
+        assert config[f"{key}_parameters".replace("parameters_p", "p")] == getattr(counts, key)
+    s = settings(*SMALL, "--model=moe-tiny")
+    for row in rows_of(only_run("runs")):
+        step = int(row["step"])
+        assert int(row["tokens"]) == 64 * step and float(row["lr"]) == train.learning_rate(s, step - 1)
+
+
+def test_ctrl_c_before_a_run(monkeypatch):
+    monkeypatch.setattr(train, "ready_data", Mock(side_effect=KeyboardInterrupt))
+    assert train.main([]) == 130
+
+
+def test_projections_onto_the_residual_stream_start_smaller():
+    for model in ("tiny", "moe-tiny"):
+        block = small_model("none", model).blocks[0]
+        for part in (block.attention, block.ffn):
+            for p in part.residual_projections():
+                assert p.std().item() == pytest.approx(0.02 / 2, rel=0.15)  # 0.02 / sqrt(2 * 2 layers)
+        downs = {name for name, p in block.named_parameters() if p.std() < 0.015 and p.ndim == 2}
+        experts = {f"ffn.expert_down.{e}" for e in range(8)} if model == "moe-tiny" else set()
+        assert downs == {"attention.o", "ffn.down"} | experts
+
+
+def test_generation_samples_from_the_last_position():
+    built, tokens = small_model("none"), TOKENS[:1]
+    with torch.no_grad():
+        built.head.weight["head"].mul_(50)
+    expected = tokens
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        p = built(expected[:, -17:])[0, -1].softmax(-1)
+        expected = torch.cat([expected, torch.multinomial(p, 1, generator=generator)[None]], 1)
+    assert torch.equal(built.generate(tokens, 4, torch.Generator().manual_seed(0)), expected)
+
+
+def test_case_and_blanks_do_not_matter():
+    assert NormScale.parse(" HG+Or ").label == "hg+or"
+
+
+def test_empty_groups_are_left_out():
+    with torch.device("meta"):
+        built = Transformer(small_config("none"))
+    assert [group["name"] for group in decay_groups(built, NormScale.parse("none"), 0.1)] == ["matrices"]
+
+
+def test_the_first_token_beyond_the_vocabulary(data_folder, tmp_path, capsys):
+    folder = broken_data(data_folder, tmp_path, "beyond the vocabulary")
+    tokens = np.fromfile(folder / "train.bin", "<u2")
+    tokens[tokens == 5000] = 300
+    tokens.tofile(folder / "train.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"]["train.bin"] = prepare_data.sha256_of(folder / "train.bin")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    told_in_one_line(capsys, lambda: train.main([*SMALL, f"--data={folder}"]), "token 300")
+
+
+def test_lines_before_the_first_checkpoint_with_a_line_are_dropped(small, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, signal.SIGTERM)
+        small("--out-dir=runs")
+    (only_run("runs") / "metrics.csv").write_text(",".join(train.METRICS) + "\n5" + "," * 8 + "\n")  # killed after step 5
+    assert small("--out-dir=runs", "--resume") == 0
+    assert [row["step"] for row in rows_of(only_run("runs"))] == ["5", "10", "15", "20"]
+
+
+def test_steps_are_part_of_a_cosine_run(small, capsys):
+    small("--out-dir=runs")
+    spoil(only_run("runs"), "steps")
+    told_in_one_line(capsys, lambda: small("--out-dir=runs", "--resume"), "steps is other")
+
+
+def test_a_wsd_run_of_the_same_steps_goes_on_from_its_last_checkpoint(small, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 18, signal.SIGTERM)
+        small("--schedule=wsd", "--out-dir=runs")
+    step = torch.load(only_run("runs") / "checkpoint.pt", weights_only=True)["progress"]["step"]
+    small("--schedule=wsd", "--out-dir=runs", "--resume")
+    assert step > 16 and f"goes on after step {step}" in capsys.readouterr().out
+
+
+def test_memory_flops_and_load(small, data_folder):
+    for size in (4, 1):
+        small("--model=moe-tiny", f"--micro-batch-size={size}", "--steps=1", "--eval-tokens=64", f"--out-dir=size{size}")
+    with open(only_run("size4") / "metrics.csv", newline="") as file:
+        assert 50 < float(next(csv.DictReader(file))["peak_memory_mb"]) < 50_000
+    four, one = ([float(x) for line in (only_run(f"size{size}") / "scales.csv").read_text().splitlines() if ",load," in line for x in line.split(",")[3:6]] for size in (4, 1))
+    assert four == pytest.approx(one, abs=1e-6) and len(four) == 6
+    small("--benchmark")
+    with open("runs/benchmark.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    flops = count(Config(16, 2, 2, 42, 300, 16)).flops_per_token
+    assert float(row["tflops"]) == pytest.approx(float(row["tokens_per_second"]) * flops / 1e12, abs=1e-4)
+
+
+def test_folding_leaves_the_model_as_it_was():
+    before = small_model("hg+dp", stir=0.3)
+    state = {name: p.clone() for name, p in before.state_dict().items()}
+    fold(before)
+    assert state.keys() == before.state_dict().keys() and all(torch.equal(p, state[n]) for n, p in before.state_dict().items())
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    folder = train.RunFolder(tmp_path, train.World("cpu"))
+    folder.replace("a", lambda file: file.write(b"old"))
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError))
+    with pytest.raises(OSError):
+        folder.replace("a", lambda file: file.write(b"new"))
+    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1310,6 +1546,7 @@ def test_whole_numbers_have_a_range(small, tmp_path, capsys, flag, value):
         (["--d-ff=+0"], ["--d-ff"]),
         (["--d-ff=+-3"], ["--d-ff"]),
         (["--d-ff=++5"], ["--d-ff"]),
+        (["--lr", "0.004", "0.0040000001"], ["share a folder"]),
         (["--norm-scale=standart"], ["standart", "standard"]),
         (["--norm-scale", "none", "hg+hgg"], ["hgg"]),
         (["--model=llama"], ["llama", "tiny"]),

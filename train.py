@@ -24,7 +24,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -194,7 +193,7 @@ def resolve(args, scale, lr, seed, world, vocab_size):
     can_compile = s.device == "cuda" and (s.dtype == "bfloat16" or not preset.get("n_expert"))
     s.compile = {"auto": "on" if can_compile else "off"}.get(args.compile, args.compile)
     part, limit = s.batch_size // world.size, preset.get("tokens_at_once", math.inf) / s.seq_len
-    fitting = (m for m in range(part, 0, -1) if part % m == 0 and m <= max(1, limit))
+    fitting = (m for m in range(part, 0, -1) if part % m == 0 and m <= limit)
     s.micro_batch_size = choose("micro_batch_size", next(fitting, 1))
     return s
 
@@ -520,8 +519,8 @@ class RunFolder:
 
     def clear(self):
         if self.writes:
-            # Checkpoints first: killed in between, nothing is left that --resume could go on from.
-            for name in ("checkpoint.pt", "checkpoint-stable.pt", *self.RECORDS, "config.json"):
+            # config.json first: without it nothing is a run, should this be killed in between.
+            for name in ("config.json", "checkpoint.pt", "checkpoint-stable.pt", *self.RECORDS):
                 (self.path / name).unlink(missing_ok=True)
 
     def save(self, name, trainer, progress):
@@ -539,11 +538,11 @@ class RunFolder:
         except RuntimeError as error:  # torch.save covers a full disk with an error of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
-    def read(self):
-        """The contents of checkpoint.pt: (what `save` put there, the progress in it)."""
-        path = self.path / "checkpoint.pt"
+    def read(self, name):
+        """The contents of a checkpoint: (what `save` put there, the progress in it)."""
+        path = self.path / name
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             progress = Progress(**saved["progress"])
             saved["records"] = [int(saved["records"][name]) for name in self.RECORDS]
             if saved["run"].keys() != set(SAME_RUN) or not 0 <= progress.step:
@@ -553,10 +552,16 @@ class RunFolder:
             reason = (str(error) or type(error).__name__).splitlines()[0][:100]
             raise UserError(f"{path} is not a whole checkpoint ({reason}); --overwrite starts anew") from None
 
-    def load(self, trainer):
-        """Puts the trainer where its checkpoint.pt was saved, and drops younger lines from the records."""
-        path, (saved, progress) = self.path / "checkpoint.pt", self.read()
+    def load(self, trainer, name="checkpoint.pt"):
+        """Puts the trainer where its checkpoint was saved, and drops younger lines from the records.
+
+        A wsd run that is to be longer goes on from before its decay.
+        """
+        path, (saved, progress) = self.path / name, self.read(name)
         check_same(path, saved["run"], trainer.s)
+        steps = saved["run"]["steps"]
+        if steps != trainer.s.steps and progress.step > int(WSD_STABLE * steps):
+            return self.load(trainer, "checkpoint-stable.pt")
         try:
             trainer.model.load_state_dict(saved["model"])
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -637,7 +642,7 @@ class StatusLine:
 
 def train(s, scale, data, world, folder, config, resume):
     """One run, from its start or from its checkpoint, to its end. Raises Diverged and Stopped."""
-    resume = resume and (folder.path / "checkpoint.pt").exists()
+    resume = resume and folder.config() is not None and (folder.path / "checkpoint.pt").exists()
     if not resume:
         folder.clear()
     folder.set_config(config, status="running", reason=None)
@@ -871,17 +876,6 @@ def check_folder(folder, s, args, data):
     return False
 
 
-def prolong(folder, s):
-    """A wsd run of more steps goes on from its checkpoint, or, where that has decayed, from before the decay."""
-    config, stable = folder.config(), folder.path / "checkpoint-stable.pt"
-    if config and config["steps"] != s.steps and (folder.path / "checkpoint.pt").exists():
-        if folder.read()[1].step > int(WSD_STABLE * config["steps"]):
-            if not stable.exists():
-                raise UserError(f"{folder.path} has decayed, and has no {stable.name} to go on from")
-            with open(stable, "rb") as source:
-                folder.replace("checkpoint.pt", lambda file: shutil.copyfileobj(source, file))
-
-
 def run(args):
     """Everything that the command asks for. Returns the exit code; raises UserError before a run starts."""
     world = World(args.device)
@@ -905,6 +899,8 @@ def run(args):
         return benchmark(runs, data, world, args.out_dir) or 0
 
     folders = [RunFolder(Path(args.out_dir, run_name(s, args, default)), world) for s, _, _ in runs]
+    if len({folder.path for folder in folders}) < len(folders):
+        raise UserError("--lr: two of these runs would share a folder")
     done = [check_folder(folder, s, args, data) for folder, (s, _, _) in zip(folders, runs)]
     for folder in folders:
         folder.lock()
@@ -916,15 +912,16 @@ def run(args):
         say(describe(s, scale, counts))
         config = configuration(s, counts, data, command_of(args, s))
         try:
-            if args.resume:
-                prolong(folder, s)
             world.wait()
             train(s, scale, data, world, folder, config, args.resume)
-        except (Diverged, RuntimeError, MemoryError) as error:
+        except (Diverged, UserError, RuntimeError, MemoryError) as error:
+            if isinstance(error, UserError) and len(runs) == 1:
+                raise
             diverged = isinstance(error, Diverged)
             if world.size > 1 and not diverged:
                 raise  # the other processes wait for this one: it has to end, and torchrun ends them
-            if not diverged and "memory" not in str(error):  # not a thing that users run into: tell where
+            known = isinstance(error, (Diverged, UserError, MemoryError)) or "memory" in str(error)
+            if not known:  # not a thing that users run into: tell where
                 traceback.print_exc()
             failed += 1
             reason = (str(error) or type(error).__name__).splitlines()[0]
