@@ -324,9 +324,8 @@ class Data:
             raise UserError(f"{self.folder} has {self.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}")
         for name, tokens in ("train.bin", self.train), ("val.bin", self.val):
             if len(tokens) <= s.seq_len:
-                raise UserError(
-                    f"{self.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
-                )
+                few = f"{len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
+                raise UserError(f"{self.folder / name} has {few}")
 
     def batch(self, s, step, world):
         """This process's part of the batch that (seed, step) names: (sequences, T + 1), on its way to the device."""
@@ -772,9 +771,9 @@ def configuration(s, counts, data, command):
 
 def describe(s, scale, counts):
     """The variant in words, its parameters, and the optimiser's groups with their weight decay."""
-    lines = ["", *scale.describe()]
     share = f"{counts.scale:,} of them in scale vectors ({counts.scale / counts.parameters:.3g})"
     activated = f", {counts.activated:,} activated" if counts.activated != counts.parameters else ""
+    lines = ["", f"--norm-scale={scale.label}", *(f"  {line}" for line in scale.describe())]
     lines.append(f"{s.model}: {counts.parameters:,} parameters{activated}, {share}")
     with torch.device("meta"):
         model = Transformer(make_config(s, PRESETS[s.model], scale))
@@ -785,12 +784,10 @@ def describe(s, scale, counts):
             what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
             lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
     tokens = s.steps * s.batch_size * s.seq_len
-    lines.append(
-        f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {tokens / counts.activated:.1f} a parameter"
-    )
-    lines.append(
-        f"{s.optimizer}, {s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps; seed {s.seed}; {s.device}, {s.dtype}"
-    )
+    each = f"{tokens:,}, {tokens / counts.activated:.1f} a parameter"
+    lines.append(f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {each}")
+    rate = f"{s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps"
+    lines.append(f"{s.optimizer}, {rate}; seed {s.seed}; {s.device}, {s.dtype}")
     return "\n".join(lines)
 
 
