@@ -34,6 +34,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 WORDS = ("norm_scale", "model", "optimizer", "schedule", "data", "dtype")
 SIZES = ("steps", "batch_size", "seq_len", "d_model", "n_layer", "n_head", "d_ff", "weight_decay", "grad_clip",
          "warmup_steps", "vocab_size", "eval_tokens")  # fmt: skip
+SAME_LOSS = ("data", "vocab_size", "seq_len", "eval_tokens")  # without these equal, losses are not of the same thing
 SETTINGS = WORDS + SIZES  # runs that differ in one of these are different curves
 NEEDED = {
     **dict.fromkeys((*WORDS, "status"), (str, "a word")),
@@ -203,10 +204,10 @@ def name_curves(curves):
 
 def find_bases(curves, baseline):
     """curve.base: the baseline that differs in norm_scale alone, else the only one of the same model, optimizer,
-    schedule and steps. A baseline that no variant goes with, as a control with a wider d_ff, has another as base."""
+    schedule, steps and text. A baseline that no variant goes with, as a control with a wider d_ff, has another as base."""
     bases = {curve.key[1:]: curve for curve in curves if curve.key[0] == baseline}
     paired = {curve.key[1:] for curve in curves if curve.key[0] != baseline}
-    alike = [SETTINGS.index(name) for name in ("model", "optimizer", "schedule", "steps")]
+    alike = [SETTINGS.index(name) for name in ("model", "optimizer", "schedule", "steps", *SAME_LOSS)]
     for curve in curves:
         curve.base = bases.get(curve.key[1:])
         if curve.base is None or (curve.base is curve and curve.key[1:] not in paired):
@@ -348,12 +349,15 @@ def loss(curves, args):
                 text += f" ({fmean(differences):+.3f})".replace("-", "\N{MINUS SIGN}")
             texts[entry.curve] = f"{text}\n{entry.breakdown()}".strip()
         legend(axes[-1], styles, texts, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    for curve in curves if several else []:
+        by_rate = (f"{lr:g} {mean_final(curve.rates[lr]):.4f}" for lr in sorted(curve.rates))
+        print(f"{curve.label}, loss by lr: {', '.join(by_rate)}")
     runs = [run for curve in curves for runs in curve.rates.values() for run in runs.values()]
     if late := [run for run in runs if run.state == "unfinished"]:
         steps = (f"{run.folder} (step {run.step} of {run.config['steps']})" for run in late)
         print("unfinished, drawn but in no final figure:", ", ".join(steps))
     if not compared:
-        print(f"no difference shown: there is nothing beside {args.baseline}, or no {args.baseline} to compare with")
+        print(f"no difference shown: nothing to compare with {args.baseline}; --baseline names another variant")
     return figure
 
 
@@ -400,11 +404,11 @@ def weights(curves, args):
             low, mean, high = ([f(g[i] for g in steps[s]) for s in steps] for i, f in enumerate((min, fmean, max)))
             axis.plot(steps.keys(), mean, **style, markevery=max(1, len(steps) // 10))
             axis.fill_between(steps.keys(), low, high, color=style["color"], alpha=0.15, linewidth=0)
-            axis.set(title=f"gamma, {side} side: mean, min to max", xlabel="step")
+            axis.set(title=f"gamma, {side} side: mean, min to max", xlabel="step", ylabel="gamma")
     layers = {f"{run.config['n_layer'] // 2} of {run.config['n_layer']}" for run in chosen.values()}
     seeds = {str(run.config["seed"]) for run in chosen.values()}
     where = f"layer {' and '.join(sorted(layers))}, seed {' and '.join(sorted(seeds))}"
-    axes[0, 0].set(title=f"Frobenius norms, {where}", xlabel="step")
+    axes[0, 0].set(title=f"Frobenius norms, {where}", xlabel="step", ylabel="norm of the weight")
     handles = [Line2D([], [], color="grey", linestyle=dash) for dash in DASHES[:3]]
     axes[0, 0].legend(handles, ["$W_Q$", "$W_K$", "$W_V$"], handlelength=3)
     legend(figure, styles, {curve: curve.label for curve in chosen}, loc="outside right center")
@@ -465,7 +469,7 @@ def scaling(curves, args):
         if a <= 0:
             raise ValueError(f"the losses of {name} do not fall with compute")
         fits[name] = E, a, b, C[-1]
-        print(f"{name}: L(C) = {E:.4f} + {a:.4g} C^-{b:.4f}, {len(C)} sizes")
+        print(f"{name}: L(C) = {E:.4f} + {a:.4g} C^-{b:.4f}, {len(C)} sizes" + ", E at its bound: no fit" * bool(E == 0))
         line = np.geomspace(C[0] / 1.5, C[-1] * 1.5, 200)
         text = f"{plain(name)}: ${E:.3f} + {a:.3g}\\,C^{{-{b:.3f}}}$"
         axis.plot(C, L, color=colour, marker=marker, linestyle="none", markersize=7)
@@ -616,7 +620,7 @@ def theory():
     decay.set(title="(d) Theorem 2.3: noise, decay $\\mu$ on $g$", xlabel="$t$", ylabel=r"$E\,\Vert g\Vert^2$")
     decay.set(ylim=(0, 11))
     decay.plot([], [], color="0.4", lw=1, ls=":", label="mean of the invariant measure")
-    law = r"lines: $d\,E[g^2 - w^2]/dt = 2\lambda\,E\,w^2 - 2\mu\,E\,g^2$"
+    law = r"lines: $d\,E[g^2 - w^2]/dt = 2\lambda\,E\,w^2 - 2\mu\,E\,g^2$, $\lambda = \frac{1}{2}$"
     decay.legend(title=law, loc="upper left", handlelength=3)
     return figure
 

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -375,7 +376,7 @@ def main(argv=None):
     print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for validation,")
     print(f"a vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']}), {meta['bytes_per_token']:.2f} bytes a token; "
           f"{time.monotonic() - started:.1f} s")  # fmt: skip
-    print(f"next: python train.py --data={folder}")
+    print(f"next: python train.py --data={shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

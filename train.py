@@ -84,7 +84,7 @@ def number(kind, low, high):
 def width(text):
     """An argparse type: a width, or +n for n more than the default."""
     if not re.fullmatch(r"\+?\d{1,7}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a width from 1 to 9,999,999, or + and one")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a width, 1 to 9,999,999, nor +n for n more")
     return text
 
 
@@ -304,7 +304,7 @@ class Data:
             self.vocab_size, self.sha256 = int(self.meta["vocab_size"]), dict(self.meta["sha256"])
             self.bytes_per_token = number(float, 1e-9, 1e9)(self.meta["bytes_per_token"])
             self.vocabulary = prepare_data.load_vocabulary(folder)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no {Path(error.filename).name} in {folder}: prepare_data.py makes such a folder") from None
         except FOREIGN as error:
             raise UserError(f"meta.json or tokenizer.tiktoken of {folder} is not prepare_data.py's: {error}") from None
@@ -392,7 +392,7 @@ class Trainer:
         self.s, self.world = s, world
         self.model = Transformer(make_config(s, PRESETS[s.model], scale)).init_weights(s.seed).to(world.device)
         self.optimizers = make_optimizers(self.model, scale, s)
-        self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False) if world.size > 1 else self.model
+        self.parallel = DistributedDataParallel(self.model) if world.size > 1 else self.model
         self.train_forward, self.eval_forward = self.parallel, self.model
         if s.compile == "on":
             self.train_forward = self.eval_forward = torch.compile(self.model)
@@ -792,8 +792,13 @@ def describe(s, scale, counts):
 
 
 def check_memory(s, counts, world):
-    """Raises UserError where weights, gradients, moments and logits alone are more than the machine has."""
-    need = 16 * counts.parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
+    """Raises UserError where what training must hold at the least is more than the machine has.
+
+    Weights, gradients and moments; logits and their gradient; in each layer what the backward pass reads.
+    """
+    size, tokens = 2 if s.dtype == "bfloat16" else 4, s.micro_batch_size * s.seq_len
+    need = 16 * counts.parameters + 8 * tokens * s.vocab_size
+    need += size * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
     if world.device.type == "cuda":
         have = torch.cuda.mem_get_info()[1]
     elif hasattr(os, "sysconf"):
