@@ -1058,7 +1058,7 @@ def stop_at(monkeypatch, step, signum):
     "signum, code, flags",
     [
         (signal.SIGTERM, 143, []),
-        (signal.SIGINT, 130, ["--model=moe-tiny", "--optimizer=muon", "--batch-size=2"]),
+        (signal.SIGINT, 130, ["--model=moe-tiny", "--optimizer=muon", "--batch-size=2", "--n-layer=1"]),
         (signal.SIGTERM, 143, ["--schedule=wsd", "--checkpoint-every=3", "--model=gemma-tiny"]),
     ],
 )
