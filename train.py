@@ -300,9 +300,9 @@ class Data:
     def __init__(self, folder):
         self.folder = Path(folder)
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.vocab_size, self.sha256 = int(self.meta["vocab_size"]), dict(self.meta["sha256"])
-            self.bytes_per_token = number(float, 1e-9, 1e9)(self.meta["bytes_per_token"])
+            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            self.vocab_size, self.sha256 = int(meta["vocab_size"]), dict(meta["sha256"])
+            self.bytes_per_token = number(float, 1e-9, 1e9)(meta["bytes_per_token"])
             self.vocabulary = prepare_data.load_vocabulary(folder)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no {Path(error.filename).name} in {folder}: prepare_data.py makes such a folder") from None
