@@ -471,7 +471,8 @@ def scaling(curves, args):
         fits[name] = E, a, b, C[-1]
         print(f"{name}: L(C) = {E:.4f} + {a:.4g} C^-{b:.4f}, {len(C)} sizes" + ", E at its bound: no fit" * bool(E == 0))
         line = np.geomspace(C[0] / 1.5, C[-1] * 1.5, 200)
-        text = f"{plain(name)}: ${E:.3f} + {a:.3g}\\,C^{{-{b:.3f}}}$"
+        power = math.floor(math.log10(a))
+        text = f"{plain(name)}: ${E:.3f} + {a / 10**power:.2f} \\cdot 10^{{{power}}}\\,C^{{-{b:.3f}}}$"
         axis.plot(C, L, color=colour, marker=marker, linestyle="none", markersize=7)
         axis.plot(line, E + a * line**-b, color=colour, linestyle=dash, marker=marker, markevery=[], label=text)
     (E0, a0, b0, C0), (E, a, b, _) = fits.values()
