@@ -259,7 +259,7 @@ class PreNormLinear(nn.Module):
         return ScaleVector.stack([scales[c] for c in branches]) if branches[0] in scales else None
 
     def forward(self, x):
-        return self.linear(normalize(x), *self.weight)
+        return self.linear(normalize(x), *self.weight.keys())  # keys: torch.compile of torch 2.11 stops at the bare dict
 
     def parameters_of(self, *branches):
         """The parameters that belong to these branches alone."""
