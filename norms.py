@@ -124,6 +124,12 @@ class NormScale:
 # Norm and scale vectors
 
 
+def _norm_and_r(x, eps, d):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics are never bfloat16
+    r = (wide.square().sum(-1, keepdim=True) / d + eps).rsqrt()
+    return (wide * r).to(x.dtype), r
+
+
 class _Norm(torch.autograd.Function):
     """Norm in closed form. With y = r x and r = 1 / rms(x), the derivative is r times a projection,
 
@@ -136,9 +142,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, eps, d):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics are never bfloat16
-        r = (wide.square().sum(-1, keepdim=True) / d + eps).rsqrt()
-        y = (wide * r).to(x.dtype)
+        y, r = _norm_and_r(x, eps, d)
         ctx.save_for_backward(y, r)
         ctx.d = d
         return y
@@ -156,7 +160,10 @@ def normalize(x, eps=EPS, d=None):
 
     d is the width where x is padded with zeros, by default the length of the last axis.
     """
-    return _Norm.apply(x, eps, d or x.shape[-1])
+    d = d or x.shape[-1]
+    if torch.compiler.is_compiling():  # which fuses as well by itself, and in torch 2.11 gets _Norm's gradient wrong
+        return _norm_and_r(x, eps, d)[0]
+    return _Norm.apply(x, eps, d)
 
 
 PARAMETERS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma of them)
