@@ -145,8 +145,10 @@ class Block(nn.Module):
         super().__init__()
         d, scale = config.d_model, config.norm_scale
         self.attention = Attention(config)
-        self.is_mixture = config.n_expert > 0
-        self.ffn = MixtureOfExperts(config) if self.is_mixture else SwiGLU(d, config.d_ff, scale, shared_vector(d, scale))
+        if config.n_expert:
+            self.ffn = MixtureOfExperts(config)
+        else:
+            self.ffn = SwiGLU(d, config.d_ff, scale, shared_vector(d, scale))
         # Gemma normalises what both emit before it is added.
         self.attention_out = OutputNorm(d, scale) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, scale) if config.gemma else nn.Identity()
@@ -154,10 +156,11 @@ class Block(nn.Module):
     def forward(self, x, rotation):
         """x (B, T, d) -> the next x, and of a mixture (balance loss, load (B, E)), else None."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
-        if self.is_mixture:
-            y, *routing = self.ffn(normalize(x))
-            return x + self.ffn_out(y), routing
-        return x + self.ffn_out(self.ffn(normalize(x))), None
+        y = self.ffn(normalize(x))
+        routing = None
+        if isinstance(self.ffn, MixtureOfExperts):
+            y, *routing = y
+        return x + self.ffn_out(y), routing
 
 
 class Transformer(nn.Module):
@@ -222,9 +225,9 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # Presets: the paper's tables of section 3, and sizes for a laptop
 #
-# Beside the sizes stand the settings that go with them. lr_muon and lr_wsd are the paper's rates for Muon
-# and for the wsd schedule where it names them, lr_adamw holds elsewhere. The paper's steps are 100 tokens for each (activated)
-# parameter; a vocabulary that is not named is the data's.
+# Beside the sizes stand the settings that go with them. lr_muon and lr_wsd are the paper's learning rates
+# for Muon and for the wsd schedule where it names them. Its steps are 100 tokens for each (activated)
+# parameter. A vocabulary that is not named is the data's.
 
 
 def sizes(d_model, n_head, n_layer, **others):
@@ -232,25 +235,27 @@ def sizes(d_model, n_head, n_layer, **others):
 
 
 LAPTOP = dict(seq_len=128, batch_size=8, eval_tokens=131_072)
-TINY = dict(lr_adamw=4e-3, steps=2000, eval_every=250, **LAPTOP)
+TINY = dict(lr=4e-3, steps=2000, eval_every=250, **LAPTOP)
 PAPER = dict(batch_size=512, tokens_at_once=32_768, vocab_size=50_304, eval_every=500, eval_tokens=4_194_304)
+GEMMA = dict(gemma=True, **PAPER)
 MIXTURE = dict(n_expert=32, top_k=4, **PAPER)
+OTHER_RATES = dict(lr_muon=5e-3, lr_wsd=3e-3)
 PRESETS = {
     "tiny": sizes(64, 4, 4, **TINY),
     "gemma-tiny": sizes(64, 4, 4, gemma=True, **TINY),
     "moe-tiny": sizes(64, 4, 4, n_expert=8, top_k=2, **TINY),
-    "small": sizes(128, 4, 4, lr_adamw=2e-3, steps=6000, eval_every=750, **LAPTOP),
-    "llama-0.12b": sizes(768, 12, 6, seq_len=1024, steps=22_839, lr_adamw=4e-3, lr_muon=5e-3, lr_wsd=3e-3, **PAPER),
-    "llama-0.25b": sizes(1024, 16, 12, seq_len=1024, steps=48_450, lr_adamw=2e-3, **PAPER),
-    "llama-0.5b": sizes(1280, 20, 18, seq_len=4096, steps=23_017, lr_adamw=2e-3, lr_muon=4e-3, **PAPER),
-    "llama-0.75b": sizes(1536, 24, 21, seq_len=4096, steps=35_722, lr_adamw=2e-3, **PAPER),
-    "llama-1b": sizes(1792, 28, 22, seq_len=4096, steps=49_022, lr_adamw=1e-3, **PAPER),
-    "gemma-0.5b": sizes(1280, 20, 18, gemma=True, seq_len=4096, steps=23_019, lr_adamw=2e-3, lr_muon=4e-3, **PAPER),
-    "moe-0.25b": sizes(640, 10, 6, seq_len=1024, steps=21_674, lr_adamw=3e-3, **MIXTURE),
-    "moe-0.5b": sizes(768, 12, 9, seq_len=1024, steps=35_032, lr_adamw=2e-3, lr_muon=4e-3, **MIXTURE),
-    "moe-0.8b": sizes(960, 15, 10, seq_len=4096, steps=13_410, lr_adamw=2e-3, **MIXTURE),
-    "moe-1b": sizes(1024, 16, 12, seq_len=4096, steps=16_927, lr_adamw=1e-3, **MIXTURE),
-    "moe-2b": sizes(1280, 20, 15, seq_len=4096, steps=29_605, lr_adamw=6e-4, **MIXTURE),
+    "small": sizes(128, 4, 4, lr=2e-3, steps=6000, eval_every=750, **LAPTOP),
+    "llama-0.12b": sizes(768, 12, 6, seq_len=1024, steps=22_839, lr=4e-3, **OTHER_RATES, **PAPER),
+    "llama-0.25b": sizes(1024, 16, 12, seq_len=1024, steps=48_450, lr=2e-3, **PAPER),
+    "llama-0.5b": sizes(1280, 20, 18, seq_len=4096, steps=23_017, lr=2e-3, lr_muon=4e-3, **PAPER),
+    "llama-0.75b": sizes(1536, 24, 21, seq_len=4096, steps=35_722, lr=2e-3, **PAPER),
+    "llama-1b": sizes(1792, 28, 22, seq_len=4096, steps=49_022, lr=1e-3, **PAPER),
+    "gemma-0.5b": sizes(1280, 20, 18, seq_len=4096, steps=23_019, lr=2e-3, lr_muon=4e-3, **GEMMA),
+    "moe-0.25b": sizes(640, 10, 6, seq_len=1024, steps=21_674, lr=3e-3, **MIXTURE),
+    "moe-0.5b": sizes(768, 12, 9, seq_len=1024, steps=35_032, lr=2e-3, lr_muon=4e-3, **MIXTURE),
+    "moe-0.8b": sizes(960, 15, 10, seq_len=4096, steps=13_410, lr=2e-3, **MIXTURE),
+    "moe-1b": sizes(1024, 16, 12, seq_len=4096, steps=16_927, lr=1e-3, **MIXTURE),
+    "moe-2b": sizes(1280, 20, 15, seq_len=4096, steps=29_605, lr=6e-4, **MIXTURE),
 }
 
 
@@ -302,13 +307,14 @@ def llama_state_dict(model):
     """
     config = model.config
     if config.n_expert or config.gemma or any(p.ndim == 1 for p in model.parameters()):
-        raise ValueError("only a dense Llama without scale vectors is a stock Llama: fold(model) first, and no dnp")
+        raise ValueError("a stock Llama is dense and has no scale vectors: fold(model) first, and no dnp")
     ones = torch.ones_like(model.embedding[0])
 
     def halves(W):  # their RoPE turns channels (i, i + h/2) of a head, ours (2i, 2i + 1)
         return W.view(config.n_head, -1, 2, config.d_model).transpose(1, 2).reshape(W.shape)
 
-    state = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": ones, "lm_head.weight": model.head.W}
+    state = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.head.W}
+    state["model.norm.weight"] = ones
     for i, block in enumerate(model.blocks):
         attention, ffn = block.attention, block.ffn
         layer = {"self_attn.q_proj": halves(attention.q.W), "self_attn.k_proj": halves(attention.k.W)}

@@ -41,42 +41,42 @@ EPS = 1e-6  # added to the mean square of activations; the paper names none
 # Norm
 
 
-def normalize(x, eps=EPS):
-    """Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x. eps is added to mean(x^2)."""
-    if torch.compiler.is_compiling():  # it fuses the plain formula as well, and torch 2.11 gets Norm's gradient wrong
-        return Norm.forward(None, x, eps)
-    return Norm.apply(x, eps)
-
-
-def widen(x):
-    """x in float32 at the least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def normalize(x, u=None):
+    """u * Norm(x), Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x; EPS is added to mean(x^2)."""
+    if torch.compiler.is_compiling():
+        # The compiler fuses the plain formula as well, and that of torch 2.11 gets Norm's gradient wrong.
+        return Norm.forward(None, x, u)
+    return Norm.apply(x, u)
 
 
 class Norm(torch.autograd.Function):
-    """y = r x with r = 1 / rms(x), and its derivative in closed form, where g = dL/dy:
+    """y = u * n with n = r x and r = 1 / rms(x), and its derivative in closed form, where g = dL/dy:
 
-        dL/dx = r (g - y mean(g y)) = r (I - y y^T / d) g
+        dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all that share u
 
-    This takes out the part of g along x, as rescaling x changes nothing: it is the projection of the
-    paper's Theorem 3.2. Autograd would arrive at the same in twice the time.
+    The projection takes out the part along x, as rescaling x changes nothing: it is that of the paper's
+    Theorem 3.2. Autograd would arrive at the same in twice the time.
     """
 
     @staticmethod
-    def forward(ctx, x, eps):
-        wide = widen(x)  # statistics are never bfloat16
-        r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-        y = (r * wide).to(x.dtype)
+    def forward(ctx, x, u):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 u would move in steps of 0.8 %
+        r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        n = r * wide
         if ctx is not None:
-            ctx.save_for_backward(y, r)
-        return y
+            ctx.save_for_backward(n.to(x.dtype), r, u)
+        return (n if u is None else u * n).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        y, r = ctx.saved_tensors
-        along = (g * y).mean(-1, keepdim=True, dtype=r.dtype)
-        return (r * (g - y * along)).to(g.dtype), None
+        n, r, u = ctx.saved_tensors
+        gn = g * n
+        if u is None:
+            ug, along, du = g, gn.mean(-1, keepdim=True, dtype=r.dtype), None
+        else:
+            ug, along, du = u * g, (u * gn).mean(-1, keepdim=True), gn.to(u.dtype).sum_to_size(u.shape)
+        return torch.addcmul(ug, n, along, value=-1).mul_(r).to(g.dtype), du
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Norm(torch.autograd.Function):
 FORMS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma as a function of them)
     "direct": ({"gamma": 1.0}, lambda gamma: gamma),
     # No epsilon in OR: the conservation laws of Theorem 3.2 hold for the exact Norm alone.
-    "or": ({"beta": 1.0, "alpha": 1.0}, lambda beta, alpha: beta * normalize(alpha, eps=0.0)),
+    "or": ({"beta": 1.0, "alpha": 1.0}, lambda beta, alpha: beta * len(alpha) ** 0.5 / alpha.norm() * alpha),
     "er": ({"beta": 0.0, "alpha": 0.0}, lambda beta, alpha: beta.exp() * (alpha - alpha.mean()).exp()),
 }
 
@@ -167,11 +167,11 @@ class OutputNorm(nn.Module):
         self.u = ScaleVector(dim, "Output-Norm", scale.form) if scale.has_vectors else None
 
     def forward(self, y):
-        # In float32 up to the end: in bfloat16 u would move in steps of 0.8 %.
-        heads = normalize(widen(y).unflatten(-1, (-1, self.width)))  # (..., heads, width)
+        heads = y.unflatten(-1, (-1, self.width))  # (..., heads, width)
+        u = None
         if self.u is not None:
-            heads = self.u().unflatten(0, (-1, self.width)) * heads  # u (heads, width), or (1, width) for all heads
-        return heads.flatten(-2).to(y.dtype)
+            u = self.u().unflatten(0, (-1, self.width))  # (heads, width), or (1, width) for all heads
+        return normalize(heads, u).flatten(-2)
 
 
 @torch.no_grad()
@@ -236,7 +236,8 @@ class NormScale:
                     raise ValueError(f"'none' stands alone, not as a part of {text!r}; {GRAMMAR_IN_WORDS}")
                 if row is None:
                     meant = difflib.get_close_matches(part, KNOWN, n=1, cutoff=0)[0]
-                    raise ValueError(f"unknown part {part!r} in {text!r}, did you mean {meant!r}? {GRAMMAR_IN_WORDS}")
+                    unknown = f"unknown part {part!r} in {text!r}, did you mean {meant!r}?"
+                    raise ValueError(f"{unknown} {GRAMMAR_IN_WORDS}")
                 if row in chosen:
                     clash = f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}"
                     raise ValueError(f"{clash}; {GRAMMAR_IN_WORDS}")
@@ -251,11 +252,10 @@ class NormScale:
         """The variant in words, a line for each part."""
         if not self.has_vectors:
             return ["none: W Norm(x), no scale vector anywhere"]
-        lines = ["W (gamma * Norm(x)), with"]
-        for word in self.label.split("+"):
-            for part in SHORT.get(word, [word]):
-                lines += [f"{part}: {parts[part][1]}" for parts in GRAMMAR.values() if part in parts]
-        return lines if len(lines) > 1 else ["standard: W (gamma * Norm(x)), one gamma for all branches of a Norm"]
+        words = {part: text for parts in GRAMMAR.values() for part, (_, text) in parts.items()}
+        words["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
+        parts = SHORT["unified"] if self.label == "unified" else self.label.split("+")
+        return [f"{part}: {words[part]}" for part in parts]
 
 
 GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
@@ -263,9 +263,9 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
         "hg": ({"v_per_branch": True}, "gamma_b is one vector a branch"),
     },
     "placement": {
-        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)), output side only"),
-        "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))), both sides"),
-        "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))), a Norm between"),
+        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only"),
+        "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
+        "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm"),
     },
     "parameters": {
         "or": ({"form": "or"}, "gamma = beta * Norm(alpha)"),
@@ -277,11 +277,10 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
         "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
     },
 }
-SHORT = {"standard": [], "unified": ["hg", "dnp", "or", "iwd"]}  # names for several parts: the paper's two main ones
+SHORT = {"standard": [], "unified": ["hg", "dnp", "or", "iwd"]}  # names for several parts, or none
 KNOWN = ["none", *SHORT, *(part for parts in GRAMMAR.values() for part in parts)]
-GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: " + ", ".join(
-    "|".join(parts) for parts in GRAMMAR.values()
-)
+GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: "
+GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
 
 
 def label_of(parts):
@@ -333,7 +332,9 @@ def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
         return -torch.cat([g.flatten() for g in torch.autograd.grad(loss(module), parameters)])
 
     def half_of_the_noise(p):
-        return (noise * dt / 2) ** 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype) if noise else 0.0
+        if not noise:
+            return 0.0
+        return (noise * dt / 2) ** 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
     p = nn.utils.parameters_to_vector(parameters).detach()
     yield 0.0

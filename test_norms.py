@@ -195,7 +195,7 @@ def test_folding_keeps_the_function_and_drops_what_can_be_folded(form, model):
 
 def test_norm_has_rms_one_and_its_own_derivative():
     x = torch.randn(4, 10, dtype=torch.float64)
-    torch.testing.assert_close(normalize(x, eps=0.0).norm(dim=-1), torch.full((4,), math.sqrt(10.0)).double())
+    torch.testing.assert_close(normalize(1e6 * x).norm(dim=-1), torch.full((4,), math.sqrt(10.0)).double())
     torch.testing.assert_close(normalize(1e-3 * x), rms_norm(1e-3 * x))  # where eps is felt
     assert torch.autograd.gradcheck(normalize, x.requires_grad_())
 
@@ -849,6 +849,199 @@ def test_section_3_4_effective_weight_moves_by_the_preconditioned_gradient(varia
             pass
         states.append(effective(module).detach())
     torch.testing.assert_close((states[0] - states[1]) / (2 * h), closed_form, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Against implementations by others: transformers' Llama, Gemma 3 and Qwen2-MoE
+
+SHAPE = dict(vocab_size=64, hidden_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=20,
+             intermediate_size=48, rms_norm_eps=1e-6, max_position_embeddings=17, tie_word_embeddings=False)  # fmt: skip
+
+
+@pytest.fixture(params=["as they ship", "in float64"])
+def precision(request, monkeypatch):
+    """The tolerance; in float64 their float32 islands, RoPE and the statistics of norms, are lifted too."""
+    if request.param == "as they ship":
+        return 2e-5
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return 1e-12
+
+
+def peer_of(model, dtype):
+    """The same architecture from transformers, and {its parameter: ours in its layout}, which gradients flow through."""
+    transformers = pytest.importorskip("transformers", reason="transformers, a peer, is not installed")
+    config = model.config
+
+    def gamma(vector):
+        scale = torch.ones(config.d_model, dtype=dtype) if vector is None else vector()
+        return scale - 1 if config.gemma else scale  # Gemma multiplies by 1 + w
+
+    def halves(W):  # our RoPE turns neighbours, theirs channels h/2 apart
+        return W.reshape(-1, 10, 2, *W.shape[1:]).transpose(1, 2).reshape(W.shape)
+
+    state = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.head.W}
+    state["model.norm.weight"] = gamma(model.head.v)
+    for i, block in enumerate(model.blocks):
+        a, ffn = block.attention, block.ffn
+        layer = {"self_attn.q_proj.weight": halves(a.q.W), "self_attn.k_proj.weight": halves(a.k.W)}
+        layer |= {"self_attn.v_proj.weight": a.v.W, "self_attn.o_proj.weight": a.o, "input_layernorm.weight": gamma(a.q.v)}
+        if config.n_expert:
+            gate_up = [torch.cat([expert.gate.W, expert.up.W]) for expert in ffn.experts]
+            layer |= {"mlp.gate.weight": ffn.router.W, "mlp.experts.gate_up_proj": torch.stack(gate_up)}
+            layer["mlp.experts.down_proj"] = torch.stack([expert.down for expert in ffn.experts])
+            prefix, dense, v = "mlp.shared_expert.", ffn.shared_expert, ffn.router.v
+        else:
+            prefix, dense, v = "mlp.", ffn, ffn.gate.v
+        layer |= {f"{prefix}gate_proj.weight": dense.gate.W, f"{prefix}up_proj.weight": dense.up.W}
+        layer[f"{prefix}down_proj.weight"] = dense.down
+        if config.gemma:
+            layer["pre_feedforward_layernorm.weight"] = gamma(v)
+            layer["post_attention_layernorm.weight"] = gamma(block.attention_out.u)
+            layer["post_feedforward_layernorm.weight"] = gamma(block.ffn_out.u)
+            layer["self_attn.q_norm.weight"] = halves(gamma(a.q.norm.u))
+            layer["self_attn.k_norm.weight"] = halves(gamma(a.k.norm.u))
+        else:
+            layer["post_attention_layernorm.weight"] = gamma(v)
+        state |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
+
+    if config.gemma:
+        more = dict(hidden_activation="silu", query_pre_attn_scalar=20, layer_types=2 * ["full_attention"])
+        more["rope_parameters"] = {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+        peer = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SHAPE, **more))
+        peer.model.embed_tokens.embed_scale.fill_(1.0)
+    elif config.n_expert:
+        more = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=26, shared_expert_intermediate_size=48)
+        more |= dict(qkv_bias=False, norm_topk_prob=False, decoder_sparse_step=1)
+        peer = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SHAPE, **more))
+        peer.set_experts_implementation("eager")
+        for layer in peer.model.layers:
+            layer.mlp.shared_expert_gate = Open()
+    else:
+        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    peer = peer.to(dtype)
+    peer.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, strict=True)
+    return peer, state
+
+
+class Open(torch.nn.Module):
+    """A gate whose sigmoid is 1."""
+
+    def forward(self, x):
+        return torch.full_like(x[:, :1], 100.0)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("variant", ["standard", "none"])
+def test_logits_and_gradients_are_those_of_transformers(variant, model, precision):
+    if (variant, model) == ("none", "gemma-tiny"):
+        pytest.skip("transformers has no Gemma without scale vectors")
+    dtype = torch.float32
+    built = small_model(variant, model, stir=0.3).to(dtype)
+    built.rotation = rotations(17, 20).to(dtype)
+    for p in built.parameters():
+        p.data *= 4 if p.ndim == 2 else 1
+    peer, state = peer_of(built, dtype)
+    theirs, ours = peer(TOKENS).logits, built(TOKENS)
+    torch.testing.assert_close(ours, theirs, rtol=precision, atol=precision)
+    weights = torch.randn(theirs.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad((theirs * weights).mean(), list(peer.parameters()))
+    product = sum((state[name] * g).sum() for (name, _), g in zip(peer.named_parameters(), expected, strict=True))
+    expected = torch.autograd.grad(product, list(built.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad((ours * weights).mean(), list(built.parameters()))
+    for (name, _), g, e in zip(built.named_parameters(), gradients, expected):
+        assert (g - e).norm() <= 10 * precision * max(e.norm(), 1e-3), name
+
+
+@pytest.mark.peers
+def test_balance_loss_is_theirs_of_each_sequence_and_layer():
+    theirs = pytest.importorskip("transformers.models.qwen2_moe.modeling_qwen2_moe").load_balancing_loss_func
+    ffn, n = small_model("none", "moe-tiny").blocks[0].ffn, normalize(torch.randn(3, 17, 40))
+    torch.nn.init.normal_(ffn.router.W)
+    each = [theirs((ffn.router(sequence),), 8, 2) / 2 for sequence in n]
+    torch.testing.assert_close(ffn(n)[1], torch.stack(each).mean())
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("variant", FOLDABLE)
+def test_a_folded_model_is_a_stock_llama(variant):
+    transformers = pytest.importorskip("transformers", reason="transformers, a peer, is not installed")
+    built = small_model(variant, stir=0.3)
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    peer.load_state_dict(llama_state_dict(fold(built)), strict=True)
+    torch.testing.assert_close(peer(TOKENS).logits, built(TOKENS), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant, model", [("standard", "tiny"), ("hg+dnp", "tiny"), ("none", "moe-tiny"), ("none", "gemma-tiny")])
+def test_what_is_no_stock_llama(variant, model):
+    built = small_model(variant, model)
+    with pytest.raises(ValueError, match="fold"):
+        llama_state_dict(fold(built) if variant == "hg+dnp" else built)
+
+
+def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    W = torch.nn.Parameter(torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    model = SimpleNamespace(blocks=torch.nn.ParameterList([W]), config=small_config("none"))
+    model.parameters, model.modules = model.blocks.parameters, model.blocks.modules
+    muon, _ = train.make_optimizers(model, settings("--optimizer=muon", "--lr=0.01"))
+    before, momentum = W.detach().clone(), 0
+    for seed in range(3):
+        W.grad = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        muon.step()
+        momentum = 0.95 * momentum + 0.05 * W.grad
+        X = 0.95 * momentum + 0.05 * W.grad  # Nesterov
+        X = X / X.norm()
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        before = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(10) * X
+    torch.testing.assert_close(W.detach(), before, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Where there is a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("compile", ["on", "off"])
+@pytest.mark.parametrize("variant", ["none", "standard", "unified", "hg+dp+or"])
+@pytest.mark.parametrize("model", MODELS)
+def test_bfloat16_on_a_gpu(small, model, variant, compile):
+    if model == "moe-tiny" and compile == "on":
+        pytest.skip("the loop over experts is not for torch.compile")
+    flags = [f"--model={model}", f"--norm-scale={variant}", "--d-model=64", "--device=cuda"]
+    fast = [f"--compile={compile}", "--dtype=bfloat16"]
+    small(*flags, "--dtype=float32", "--compile=off", "--out-dir=exact")
+    torch._dynamo.reset()
+    small(*flags, *fast, "--out-dir=fast")
+    exact, ours = rows_of(only_run("exact")), rows_of(only_run("fast"))
+    for a, b in zip(exact, ours, strict=True):
+        assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), abs=0.02)
+    # Resumed in the middle: the same up to rounding, and nothing is compiled again after the first evaluation.
+    shutil.copytree("fast", "half")
+    folder = only_run("half")
+    in_config(status="running")(folder)
+    assert small(*flags, *fast, "--out-dir=half", "--resume") == 0
+    assert float(rows_of(folder)[-1]["val_loss"]) == pytest.approx(float(ours[-1]["val_loss"]), abs=1e-3)
+    assert small(*flags, *fast, "--benchmark", "--out-dir=bench") == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_nothing_is_compiled_again_after_the_first_evaluation(small, data_folder):
+    torch._dynamo.reset()
+    machine, data = train.Machine("cuda"), prepare_data.TokenFolder(data_folder)
+    args = vars(train.command_line().parse_args([*SMALL, "--norm-scale=unified", "--compile=on"]))
+    s, _ = train.resolve(args | {"norm_scale": "unified"}, machine, data.vocab_size, len(data.val))
+    compiled = []
+    folder = SimpleNamespace(load=lambda *_: train.Record(), write_tables=lambda *_: None, save=lambda *_: None)
+    for record in train.train(s, data, machine, folder):
+        compiled.append(sum(torch._dynamo.utils.counters["frames"].values()))
+    assert compiled[s.eval_every] == compiled[-1]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -413,7 +413,7 @@ def steps_for(text):
 def default_lr(s):
     """The preset's peak for Muon or for wsd, where it has one, or else for AdamW."""
     name = "lr_muon" if s.optimizer == "muon" else f"lr_{s.schedule}"
-    return s.preset.get(name, s.preset["lr_adamw"])
+    return s.preset.get(name, s.preset["lr"])
 
 
 def default_compile(s):
@@ -445,10 +445,10 @@ class Settings:
     n_layer: int = setting(whole(1, 1024), "layers")
     n_head: int = setting(whole(1, 1024), "attention heads")
     d_ff: int = setting(width, "hidden width, int(8 d_model / 3), or +n for n more", lambda s: paper_d_ff(s.d_model))
-    vocab_size: int = setting(None, "the data's, or the preset's", lambda s: s.data_vocab_size)
-    gemma: bool = setting(None, "Gemma's extra norms", False)
-    n_expert: int = setting(None, "routed experts", 0)
-    top_k: int = setting(None, "of them for a token", 0)
+    vocab_size: int = setting(None, "the preset's, or the data's", lambda s: s.preset.get("vocab_size", s.data_vocab_size))
+    gemma: bool = setting(None, "Gemma's extra norms", lambda s: s.preset.get("gemma", False))
+    n_expert: int = setting(None, "routed experts", lambda s: s.preset.get("n_expert", 0))
+    top_k: int = setting(None, "of them for a token", lambda s: s.preset.get("top_k", 0))
     weight_decay: float = setting(number(float, 0, 100), "decoupled; of which vectors, --norm-scale says", 0.1)
     grad_clip: float = setting(number(float, 0, 1e9), "largest norm of the gradient; 0 leaves it as it is", 1.0)
     warmup_steps: int = setting(whole(0), "steps to the peak: 5 % of all, at least 10", lambda s: max(10, s.steps // 20))
@@ -475,7 +475,7 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
     s = SimpleNamespace(preset=preset, machine=machine, data_vocab_size=data_vocab_size)
     changed = {}
     for name, field in FIELDS.items():
-        default, value = preset.get(name, field["default"]), given.get(name)
+        default, value = preset[name] if field["default"] is None else field["default"], given.get(name)
         default = default(s) if callable(default) else default
         value = value(s) if callable(value) else value
         if value is None or value == "auto":
