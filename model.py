@@ -22,7 +22,7 @@ from norms import Branch, NormScale, OutputNorm, ScaleVector, normalize, shared_
 
 
 def rotations(seq_len, head_dim, theta=10_000.0):
-    """cos and sin of RoPE's angles t * theta^(-2 i / head_dim), written out for `rotate`: (2, T, 1, d/H)."""
+    """cos and sin of RoPE's angles t theta^(-2i/h), for channels (2i, 2i+1): cos, cos and -sin, sin. (2, T, 1, h)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
     cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
@@ -31,10 +31,9 @@ def rotations(seq_len, head_dim, theta=10_000.0):
 
 
 def rotate(x, rotation):
-    """RoPE: turns channels (2i, 2i+1) at position t by t's i-th angle, (a, b) -> (a cos - b sin, b cos + a sin).
+    """RoPE: turns channels (a, b) = (2i, 2i+1) at position t by t's i-th angle. x (B, T, H, h).
 
-    x (B, T, H, d/H). As x * cos plus the swapped pairs times (-sin, sin): no slices, whose backward would
-    fill zeros.
+    (a, b) -> (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
     cos, sin = rotation[:, : x.shape[1]].to(x.dtype)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -46,15 +45,13 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.head_dim, scale = config.d_model, config.d_model // config.n_head, config.norm_scale
-        shared = shared_vector(d, scale)
+        d, h, variant = config.d_model, config.d_model // config.n_head, config.norm_scale
+        shared = shared_vector(d, variant)
+        self.head_dim = h
         self.o = nn.Parameter(torch.empty(d, d))
-        self.q = Branch(d, d, scale, shared, self.head_dim)
-        self.k = Branch(d, d, scale, shared, self.head_dim)
-        self.v = Branch(d, d, scale, shared, self.head_dim)
-        if config.gemma and self.q.norm is None:  # DNP on Q and K is Q/K-norm: there is no second one
-            self.q.norm = OutputNorm(self.head_dim, scale)
-            self.k.norm = OutputNorm(self.head_dim, scale)
+        self.q = Branch(d, d, variant, shared, head_dim=h, qk_norm=config.gemma)
+        self.k = Branch(d, d, variant, shared, head_dim=h, qk_norm=config.gemma)
+        self.v = Branch(d, d, variant, shared, head_dim=h)
 
     def forward(self, n, rotation):  # n (B, T, d)
         heads = (-1, self.head_dim)
@@ -72,11 +69,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """W_down (silu(gate) * up), where gate and up are branches of n = Norm(x): (..., d) -> (..., d)."""
 
-    def __init__(self, d_model, d_ff, scale, shared):
+    def __init__(self, d_model, d_ff, variant, shared):
         super().__init__()
         self.down = nn.Parameter(torch.empty(d_model, d_ff))
-        self.gate = Branch(d_model, d_ff, scale, shared)
-        self.up = Branch(d_model, d_ff, scale, shared)
+        self.gate = Branch(d_model, d_ff, variant, shared)
+        self.up = Branch(d_model, d_ff, variant, shared)
 
     def forward(self, n):
         return F.linear(F.silu(self.gate(n)) * self.up(n), self.down)
@@ -95,13 +92,13 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, scale = config.d_model, config.norm_scale
+        d, variant = config.d_model, config.norm_scale
         self.n_expert, self.top_k = config.n_expert, config.top_k
-        shared = shared_vector(d, scale)
-        self.router = Branch(d, config.n_expert, scale, shared)
-        self.router.u = self.router.norm = None  # the router has no output vector
-        self.shared_expert = SwiGLU(d, config.d_ff, scale, shared)
-        self.experts = nn.ModuleList(SwiGLU(d, int(2 * d / 3), scale, shared) for _ in range(config.n_expert))
+        shared = shared_vector(d, variant)
+        self.router = Branch(d, config.n_expert, variant, shared, output=False)
+        self.shared_expert = SwiGLU(d, config.d_ff, variant, shared)
+        f = int(2 * d / 3)
+        self.experts = nn.ModuleList(SwiGLU(d, f, variant, shared) for _ in range(config.n_expert))
 
     def forward(self, n):
         p = self.router(n).softmax(-1, dtype=torch.float32)  # (B, T, E)
@@ -114,7 +111,8 @@ class MixtureOfExperts(nn.Module):
         for i, ffn in enumerate(self.experts):
             visitor, choice = (expert == i).nonzero(as_tuple=True)
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
-            y = y.index_add(0, visitor, weight[visitor, choice, None] * ffn(tokens[visitor]))
+            p_i = weight[visitor, choice, None]
+            y = y.index_add(0, visitor, p_i * ffn(tokens[visitor]))
         return y.view_as(n), balance_loss, f
 
 
@@ -143,24 +141,26 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, scale = config.d_model, config.norm_scale
+        d, variant = config.d_model, config.norm_scale
         self.attention = Attention(config)
-        if config.n_expert:
+        self.is_mixture = config.n_expert > 0
+        if self.is_mixture:
             self.ffn = MixtureOfExperts(config)
         else:
-            self.ffn = SwiGLU(d, config.d_ff, scale, shared_vector(d, scale))
+            self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
         # Gemma normalises what both emit before it is added.
-        self.attention_out = OutputNorm(d, scale) if config.gemma else nn.Identity()
-        self.ffn_out = OutputNorm(d, scale) if config.gemma else nn.Identity()
+        self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
+        self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and of a mixture (balance loss, load (B, E)), else None."""
+        """x (B, T, d) -> the next x, and of a mixture its balance loss and load (B, E), else None and None."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
-        y = self.ffn(normalize(x))
-        routing = None
-        if isinstance(self.ffn, MixtureOfExperts):
-            y, *routing = y
-        return x + self.ffn_out(y), routing
+        n, balance_loss, load = normalize(x), None, None
+        if self.is_mixture:
+            y, balance_loss, load = self.ffn(n)
+        else:
+            y = self.ffn(n)
+        return x + self.ffn_out(y), balance_loss, load
 
 
 class Transformer(nn.Module):
@@ -199,17 +199,17 @@ class Transformer(nn.Module):
         Targets of -100 do not count. A dense model's balance loss is 0 and its load None.
         """
         x = F.embedding(tokens, self.embedding)
-        routings = []
+        balance_losses, loads = [], []
         for block in self.blocks:
-            x, routing = block(x, self.rotation)
-            routings.append(routing)
+            x, balance_loss, load = block(x, self.rotation)
+            balance_losses.append(balance_loss)
+            loads.append(load)
         logits = self.head(normalize(x))
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         if not self.config.n_expert:
             return loss, torch.zeros_like(loss), None
-        balance_losses, loads = zip(*routings)
         return loss, torch.stack(balance_losses).mean(), torch.stack(loads)
 
     @torch.no_grad()
@@ -290,12 +290,12 @@ def count(config):
     for ffn in (m for m in model.modules() if isinstance(m, MixtureOfExperts)):
         idle |= set(ffn.experts[ffn.top_k :].parameters()) - set(ffn.router.parameters())
     active = set(model.parameters()) - idle
-    scale = [p for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()]
+    vectors = [p for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()]
     multiplied = sum(p.numel() for p in active if p.ndim == 2) - model.embedding.numel()
     return Counts(
         parameters=sum(p.numel() for p in model.parameters()),
         activated_parameters=sum(p.numel() for p in active),
-        scale_parameters=sum(p.numel() for p in scale),
+        scale_parameters=sum(p.numel() for p in vectors),
         flops_per_token=6 * multiplied + 6 * config.n_layer * config.seq_len * config.d_model,
     )
 

@@ -41,42 +41,48 @@ EPS = 1e-6  # added to the mean square of activations; the paper names none
 # Norm
 
 
-def normalize(x, u=None):
-    """u * Norm(x), Norm(x) = sqrt(d) x / ||x|| along the last axis, in the dtype of x; EPS is added to mean(x^2)."""
-    if torch.compiler.is_compiling():
-        # The compiler fuses the plain formula as well, and that of torch 2.11 gets Norm's gradient wrong.
-        return Norm.forward(None, x, u)
-    return Norm.apply(x, u)
+def norm_formula(x, u=None):
+    """y = u * n with n = r x and r = 1 / rms(x), along the last axis: (y in the dtype of x, n, r)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 u would move in steps of 0.8 %
+    r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    n = r * wide
+    y = n if u is None else u * n
+    return y.to(x.dtype), n, r
 
 
 class Norm(torch.autograd.Function):
-    """y = u * n with n = r x and r = 1 / rms(x), and its derivative in closed form, where g = dL/dy:
+    """The same with its derivative in closed form, in half of the time. With g = dL/dy
 
         dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all that share u
 
-    The projection takes out the part along x, as rescaling x changes nothing: it is that of the paper's
-    Theorem 3.2. Autograd would arrive at the same in twice the time.
+    The projection takes out the part along x, as rescaling x changes nothing: it is that of Theorem 3.2.
     """
 
     @staticmethod
     def forward(ctx, x, u):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 u would move in steps of 0.8 %
-        r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        n = r * wide
-        if ctx is not None:
-            ctx.save_for_backward(n.to(x.dtype), r, u)
-        return (n if u is None else u * n).to(x.dtype)
+        y, n, r = norm_formula(x, u)
+        ctx.save_for_backward(n.to(x.dtype), r, u)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         n, r, u = ctx.saved_tensors
-        gn = g * n
-        if u is None:
-            ug, along, du = g, gn.mean(-1, keepdim=True, dtype=r.dtype), None
-        else:
-            ug, along, du = u * g, (u * gn).mean(-1, keepdim=True), gn.to(u.dtype).sum_to_size(u.shape)
-        return torch.addcmul(ug, n, along, value=-1).mul_(r).to(g.dtype), du
+        gn, du = g * n, None
+        if u is not None:
+            du = gn.to(u.dtype).sum_to_size(u.shape)
+            g, gn = u * g, u * gn
+        along = gn.mean(-1, keepdim=True, dtype=r.dtype)
+        return torch.addcmul(g, n, along, value=-1).mul_(r).to(n.dtype), du
+
+
+def normalize(x, u=None):
+    """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2)."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # it fuses the formula by itself; torch 2.11's gets Norm's gradient wrong
+        return norm_formula(x, u)[0]
+    return Norm.apply(x, u)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -114,25 +120,29 @@ class ScaleVector(nn.Module):
 
 
 class Branch(nn.Module):
-    """One linear map W (d_out x d_in) of n = Norm(x), with what the variant `scale` puts around it:
+    """One linear map W (d_out x d_in) of n = Norm(x), with what the variant puts around it:
 
         y = W * (u v^T) n              none, standard, hg, ap, dp: u and v where there are any
         y = u * Norm(W * v^T n)        dnp: `norm` is that Norm with its u, over head_dim entries at a time
 
-    shared: the vector v that all branches of a Norm share (see `shared_vector`).
+    shared: the v that all branches of a Norm share (see `shared_vector`). output=False: nothing on the
+    output side in any variant. qk_norm: a Norm over head_dim entries in any variant, with one vector for
+    all heads; under DNP that Norm is there already.
     n (..., d_in) -> y (..., d_out). W is uninitialised.
     """
 
-    def __init__(self, d_in, d_out, scale, shared=None, head_dim=None):
+    def __init__(self, d_in, d_out, variant, shared=None, head_dim=None, output=True, qk_norm=False):
         super().__init__()
         self.W = nn.Parameter(torch.empty(d_out, d_in))
         self.v = self.u = self.norm = None
-        if scale.has_v:
-            self.v = shared or ScaleVector(d_in, "Input-Norm", scale.form)
-        if scale.has_u and not scale.norm_behind:
-            self.u = ScaleVector(d_out, "Input-Norm", scale.form)
-        if scale.has_u and scale.norm_behind:
-            self.norm = OutputNorm(d_out, scale, head_dim)
+        if variant.has_v:
+            self.v = shared or ScaleVector(d_in, "Input-Norm", variant.form)
+        if output and variant.has_u and not variant.norm_behind:
+            self.u = ScaleVector(d_out, "Input-Norm", variant.form)
+        if output and variant.has_u and variant.norm_behind:
+            self.norm = OutputNorm(d_out, variant, head_dim)
+        elif qk_norm:
+            self.norm = OutputNorm(head_dim, variant)
 
     def effective_weight(self):
         """W * (u v^T), equation 13. A u behind a Norm is no part of it."""
@@ -148,9 +158,11 @@ class Branch(nn.Module):
         return y if self.norm is None else self.norm(y)
 
 
-def shared_vector(d_in, scale):
+def shared_vector(d_in, variant):
     """The v that all branches of one Norm share, or None where each has its own (hg) or none has one."""
-    return ScaleVector(d_in, "Input-Norm", scale.form) if scale.has_v and not scale.v_per_branch else None
+    if variant.has_v and not variant.v_per_branch:
+        return ScaleVector(d_in, "Input-Norm", variant.form)
+    return None
 
 
 class OutputNorm(nn.Module):
@@ -161,10 +173,10 @@ class OutputNorm(nn.Module):
     one u for all heads).
     """
 
-    def __init__(self, dim, scale, width=None):
+    def __init__(self, dim, variant, width=None):
         super().__init__()
         self.width = width or dim
-        self.u = ScaleVector(dim, "Output-Norm", scale.form) if scale.has_vectors else None
+        self.u = ScaleVector(dim, "Output-Norm", variant.form) if variant.has_vectors else None
 
     def forward(self, y):
         heads = y.unflatten(-1, (-1, self.width))  # (..., heads, width)
@@ -188,17 +200,17 @@ def fold(model):
     return model
 
 
-def decay_groups(model, scale, weight_decay):
+def decay_groups(model, variant, weight_decay):
     """The optimiser's groups [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
 
-    Matrices decay; scale vectors decay where `scale.decayed` names their role (section 2.2). Under OR
+    Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Under OR
     and ER it is the raw alpha and beta that decay, so that gamma is pulled to another place than 0.
     """
     role_of = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
     groups = []
     for role in ("matrices", "Input-Norm", "Output-Norm"):
         params = [p for p in model.parameters() if role_of.get(p, "matrices") == role]
-        decays = role == "matrices" or role in scale.decayed
+        decays = role == "matrices" or role in variant.decayed
         if params:
             name = role if role == "matrices" else f"{role} scale vectors"
             groups.append({"name": name, "params": params, "weight_decay": weight_decay if decays else 0.0})
@@ -207,6 +219,38 @@ def decay_groups(model, scale, weight_decay):
 
 # ---------------------------------------------------------------------------------------------------
 # Which variant: one string, one dataclass
+
+GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
+    "branches": {
+        "hg": ({"v_per_branch": True}, "gamma_b is one vector a branch"),
+    },
+    "placement": {
+        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only"),
+        "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
+        "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm"),
+    },
+    "parameters": {
+        "or": ({"form": "or"}, "gamma = beta * Norm(alpha)"),
+        "er": ({"form": "er"}, "gamma = exp(beta) * exp(alpha - mean(alpha))"),
+    },
+    "weight decay": {
+        "iwd": ({"decayed": ("Input-Norm",)}, "weight decay on Input-Norm scale vectors only"),
+        "owd": ({"decayed": ("Output-Norm",)}, "weight decay on Output-Norm scale vectors only"),
+        "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
+    },
+}
+SHORT = {"standard": [], "unified": ["hg", "dnp", "or", "iwd"]}  # names for several parts, or none
+KNOWN = ["none", *SHORT, *(part for parts in GRAMMAR.values() for part in parts)]
+GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: "
+GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
+
+
+def label_of(parts):
+    """The variant's one name, for parts in the order of the grammar."""
+    if parts == SHORT["unified"]:
+        return "unified"
+    only_decay = all(part in GRAMMAR["weight decay"] for part in parts)
+    return "+".join(["standard", *parts] if only_decay else parts)
 
 
 @dataclass(frozen=True)
@@ -256,39 +300,6 @@ class NormScale:
         words["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
         parts = SHORT["unified"] if self.label == "unified" else self.label.split("+")
         return [f"{part}: {words[part]}" for part in parts]
-
-
-GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
-    "branches": {
-        "hg": ({"v_per_branch": True}, "gamma_b is one vector a branch"),
-    },
-    "placement": {
-        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only"),
-        "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
-        "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm"),
-    },
-    "parameters": {
-        "or": ({"form": "or"}, "gamma = beta * Norm(alpha)"),
-        "er": ({"form": "er"}, "gamma = exp(beta) * exp(alpha - mean(alpha))"),
-    },
-    "weight decay": {
-        "iwd": ({"decayed": ("Input-Norm",)}, "weight decay on Input-Norm scale vectors only"),
-        "owd": ({"decayed": ("Output-Norm",)}, "weight decay on Output-Norm scale vectors only"),
-        "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
-    },
-}
-SHORT = {"standard": [], "unified": ["hg", "dnp", "or", "iwd"]}  # names for several parts, or none
-KNOWN = ["none", *SHORT, *(part for parts in GRAMMAR.values() for part in parts)]
-GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: "
-GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
-
-
-def label_of(parts):
-    """The variant's one name, for parts in the order of the grammar."""
-    if parts == SHORT["unified"]:
-        return "unified"
-    only_decay = all(part in GRAMMAR["weight decay"] for part in parts)
-    return "+".join(["standard", *parts] if only_decay else parts)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -311,7 +311,9 @@ class TokenFolder:
             self.token_bytes = np.array([len(token) for token in self._vocabulary])
             self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            raise UserError(f"{folder} is no folder of prepare_data.py: {type(error).__name__}, {error}") from None
+            raise UserError(
+                f"{folder} is no folder of prepare_data.py: {type(error).__name__}, {error}"
+            ) from None
 
     def _tokens(self, name):
         path = self.folder / name

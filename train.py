@@ -47,16 +47,16 @@ with suppress(OSError, AttributeError):
 # CPU, but do not allow it: an illegal instruction. Float32, all else that runs on a CPU here, loses nothing.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402
-from torch.utils._triton import has_triton  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch.utils._triton import has_triton
 
-import prepare_data  # noqa: E402
-from model import PRESETS, Config, Transformer, count, paper_d_ff  # noqa: E402
-from norms import Branch, NormScale, ScaleVector, decay_groups  # noqa: E402
-from prepare_data import CommandLine, TokenFolder, UserError  # noqa: E402
+import prepare_data
+from model import PRESETS, Config, Transformer, count, paper_d_ff
+from norms import Branch, NormScale, ScaleVector, decay_groups
+from prepare_data import CommandLine, TokenFolder, UserError
 
 # ---------------------------------------------------------------------------------------------------
 # What a batch is
@@ -68,9 +68,9 @@ def batch(data, settings, step, machine):
     All but the last of a row are the inputs, all but the first the targets.
     """
     T = settings.seq_len
-    starts = np.random.default_rng((settings.seed, step)).integers(len(data.train) - T, size=settings.batch_size)
-    share = settings.batch_size // machine.processes
-    mine = starts[machine.rank * share : (machine.rank + 1) * share]
+    generator = np.random.default_rng((settings.seed, step))
+    starts = generator.integers(len(data.train) - T, size=settings.batch_size)
+    mine = np.split(starts, machine.processes)[machine.rank]
     return machine.tensor(np.stack([data.train[start : start + T + 1] for start in mine]))
 
 
@@ -83,13 +83,12 @@ def make_optimizers(model, settings):
     groups = decay_groups(model, model.config.norm_scale, settings.weight_decay)
     optimizers = []
     if settings.optimizer == "muon":
-        matrices = groups[0]
         inside = [p for p in model.blocks.parameters() if p.ndim == 2]
-        muon = {**matrices, "params": inside}
-        matrices["params"] = [p for p in matrices["params"] if p not in set(inside)]  # embedding and head
-        optimizers.append(
-            torch.optim.Muon([muon], lr=settings.lr, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
-        )
+        matrices = next(group for group in groups if group["name"] == "matrices")
+        muon = [{**matrices, "params": inside}]
+        optimizers = [torch.optim.Muon(muon, lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
+        in_blocks = set(inside)
+        matrices["params"] = [p for p in matrices["params"] if p not in in_blocks]  # embedding and head
     optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True))
     optimized = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(optimized) == len(set(optimized)) and set(optimized) == set(model.parameters())
@@ -101,9 +100,9 @@ def make_optimizers(model, settings):
 
 
 def learning_rate(settings, step):
-    """peak * min((step + 1) / warmup, schedule(step)) at step 0, 1, ...; the schedule starts after the warm-up.
+    """peak * min((step + 1) / warmup, schedule(step)) at step 0, 1, ...
 
-    cosine falls to a twentieth of the peak; wsd is constant until 80 % of the steps, then linear to zero.
+    cosine: from the end of the warm-up down to a twentieth; wsd: 1 until 80 % of the steps, then linear to 0.
     """
     if settings.schedule == "wsd":
         schedule = (settings.steps - step) / (0.2 * settings.steps)
@@ -148,12 +147,12 @@ def train(settings, data, machine, folder):
                 language_loss, balance_loss, _ = forward(inputs, targets)
             ((language_loss + BALANCE_LOSS * balance_loss) / len(micro_batches)).backward()
             loss += language_loss.detach() / len(micro_batches)
-        machine.average(p.grad for p in model.parameters())
+        machine.average([p.grad for p in model.parameters()])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
-        loss, stopping = machine.mean([loss.item(), STOP.requested])
-        if not math.isfinite(loss + grad_norm):  # before it touches a weight
-            what = f"loss {loss:g}, gradient norm {grad_norm:g}"
-            raise Diverged(f"diverged at step {record.step + 1} with --lr={settings.lr:g}: {what}")
+        train_loss = machine.sum([loss.item()])[0] / machine.processes
+        if not math.isfinite(train_loss + grad_norm):  # before it touches a weight
+            where = f"step {record.step + 1} with --lr={settings.lr:g}"
+            raise Diverged(f"diverged at {where}: loss {train_loss:g}, gradient norm {grad_norm:g}")
 
         lr = learning_rate(settings, record.step)
         for optimizer in optimizers:
@@ -163,16 +162,18 @@ def train(settings, data, machine, folder):
             optimizer.zero_grad()
         record.step += 1
         record.seconds += time.perf_counter() - started
-        record.losses.append(loss)
+        record.losses.append(train_loss)
 
         last = record.step == settings.steps
         if last or record.step % settings.eval_every == 0:
             val_loss, load = evaluate(forward, data, settings, machine)
-            record.add_metrics(settings, lr, val_loss, grad_norm, machine.peak_memory_mb())
+            record.add_evaluation(settings, lr, val_loss, grad_norm, machine)
             record.scales += scale_rows(model, record.step, load)
             folder.write_tables(record)
             if not math.isfinite(val_loss):
-                raise Diverged(f"diverged at step {record.step} with --lr={settings.lr:g}: validation loss {val_loss:g}")
+                where = f"step {record.step} with --lr={settings.lr:g}"
+                raise Diverged(f"diverged at {where}: validation loss {val_loss:g}")
+        stopping = machine.sum([STOP.requested])[0] > 0
         if last or stopping or (settings.checkpoint_every and record.step % settings.checkpoint_every == 0):
             folder.save(settings, model, optimizers, record)
         yield record
@@ -180,9 +181,6 @@ def train(settings, data, machine, folder):
 
 # ---------------------------------------------------------------------------------------------------
 # Evaluation, and what a run records
-
-METRICS = "step tokens seconds lr train_loss val_loss grad_norm tokens_per_second peak_memory_mb".split()
-SCALES = "step kind name min mean max norm".split()
 
 
 @torch.no_grad()
@@ -195,7 +193,8 @@ def evaluate(forward, data, settings, machine):
     for first in range(machine.rank * at_once, windows, machine.processes * at_once):
         # Every micro-batch has the same shape; where windows run out, targets of -100 do not count.
         index = np.arange(first, first + at_once)
-        tokens = np.stack([data.val[i * T : (i + 1) * T + 1] for i in index.clip(max=windows - 1)]).astype(np.int64)
+        starts = T * index.clip(max=windows - 1)
+        tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
         targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
         with machine.autocast(settings.dtype):
             loss, _, load = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
@@ -203,9 +202,8 @@ def evaluate(forward, data, settings, machine):
         loss_sum += counted * loss.item()
         if load is not None:
             load_sum += load[:, :counted].sum(1).cpu()
-    means = machine.mean([loss_sum, *load_sum.flatten().tolist()])
-    val_loss, *load = (mean * machine.processes / windows for mean in means)
-    return val_loss, torch.tensor(load).view_as(load_sum)
+    loss_sum, *load_sums = machine.sum([loss_sum, *load_sum.flatten().tolist()])
+    return loss_sum / windows, torch.tensor(load_sums).view_as(load_sum) / windows
 
 
 @dataclasses.dataclass
@@ -215,40 +213,50 @@ class Record:
     step: int = 0  # steps done
     seconds: float = 0.0  # of training, without evaluations and checkpoints
     losses: list = dataclasses.field(default_factory=list)  # of the steps since the last evaluation
-    seconds_before: float = 0.0  # at the last evaluation
-    metrics: list = dataclasses.field(default_factory=list)  # lines of metrics.csv
+    metrics: list = dataclasses.field(default_factory=list)  # lines of metrics.csv: {column: value}
     scales: list = dataclasses.field(default_factory=list)  # lines of scales.csv
 
     def steps_per_second(self):
         """Since the last evaluation."""
-        return len(self.losses) / (self.seconds - self.seconds_before)
+        before = self.metrics[-1]["seconds"] if self.metrics else 0.0
+        return len(self.losses) / (self.seconds - before)
 
-    def add_metrics(self, settings, lr, val_loss, grad_norm, peak_memory_mb):
-        tokens = settings.batch_size * settings.seq_len  # a step
-        losses = fmean(self.losses), val_loss
-        speed = round(self.steps_per_second() * tokens, 1)
-        self.metrics.append(
-            [self.step, self.step * tokens, round(self.seconds, 3), lr, *losses, grad_norm, speed, peak_memory_mb]
-        )
-        self.losses, self.seconds_before = [], self.seconds
+    def add_evaluation(self, settings, lr, val_loss, grad_norm, machine):
+        tokens_per_step = settings.batch_size * settings.seq_len
+        line = {
+            "step": self.step,
+            "tokens": self.step * tokens_per_step,
+            "seconds": self.seconds,
+            "lr": lr,
+            "train_loss": fmean(self.losses),
+            "val_loss": val_loss,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(self.steps_per_second() * tokens_per_step, 1),
+            "peak_memory_mb": machine.peak_memory_mb(),
+        }
+        self.metrics.append(line)
+        self.losses = []
 
 
 def scale_rows(model, step, load):
     """Lines of scales.csv: every scale vector's gamma, every branch's weight, every layer's load of its experts."""
+
+    def row(kind, name, low="", mean="", high="", norm=""):
+        return {"step": step, "kind": kind, "name": name, "min": low, "mean": mean, "max": high, "norm": norm}
+
+    def spread(vector):
+        return vector.min().item(), vector.mean().item(), vector.max().item()
+
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ScaleVector):
             gamma = module().detach()
-            rows.append([step, "scale", name, *spread(gamma), gamma.norm().item()])
+            rows.append(row("scale", name, *spread(gamma), norm=gamma.norm().item()))
         if isinstance(module, Branch):
-            rows.append([step, "weight", f"{name}.W", "", "", "", module.W.detach().norm().item()])
+            rows.append(row("weight", f"{name}.W", norm=module.W.detach().norm().item()))
     if load.numel():
-        rows += [[step, "load", f"blocks.{layer}.ffn", *spread(shares), ""] for layer, shares in enumerate(load)]
+        rows += [row("load", f"blocks.{layer}.ffn", *spread(shares)) for layer, shares in enumerate(load)]
     return rows
-
-
-def spread(vector):
-    return vector.min().item(), vector.mean().item(), vector.max().item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -274,13 +282,13 @@ class RunFolder:
             print(f"no lock in {self.path}, so start no second run there: {error}", file=sys.stderr)
             return nullcontext()
 
-    def write(self, name, write):
-        """write(file) under another name, then renamed: what was there stays until the new is whole."""
+    def write(self, name, contents):
+        """Under another name, then renamed: what was there stays until the new is whole."""
         if self.writes:
             part = self.path / f"{name}.part"
             try:
                 with open(part, "wb") as file:
-                    write(file)
+                    file.write(contents)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(part, self.path / name)
@@ -288,14 +296,12 @@ class RunFolder:
                 part.unlink(missing_ok=True)
 
     def write_tables(self, record):
-        """metrics.csv and scales.csv, whole."""
-        for name, columns, lines in ("metrics.csv", METRICS, record.metrics), ("scales.csv", SCALES, record.scales):
-            text = as_csv([columns, *lines])
-            self.write(name, lambda file: file.write(text))
+        self.write("metrics.csv", as_csv(record.metrics))
+        self.write("scales.csv", as_csv(record.scales))
 
     def write_config(self, config, status, reason=None):
-        text = json.dumps({**config, "status": status, "reason": reason}, indent=2) + "\n"
-        self.write("config.json", lambda file: file.write(text.encode()))
+        text = json.dumps({**config, "status": status, "reason": reason}, indent=2)
+        self.write("config.json", text.encode() + b"\n")
 
     def config(self):
         """What config.json holds; {} where there is none."""
@@ -320,10 +326,9 @@ class RunFolder:
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        try:
-            self.write("checkpoint.pt", lambda file: torch.save(contents, file))
-        except RuntimeError as error:  # torch.save covers a full disk with an error of its own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file = io.BytesIO()
+        torch.save(contents, file)
+        self.write("checkpoint.pt", file.getbuffer())
 
     def load(self, model, optimizers):
         """Puts model and optimisers where the checkpoint was saved, if there is one. Returns the Record."""
@@ -337,12 +342,15 @@ class RunFolder:
                 optimizer.load_state_dict(state)
             return Record(**saved["record"])
         except Exception as error:  # whatever torch makes of bytes that it did not write
-            raise UserError(f"{path} is no checkpoint of this run ({first_line(error)}); --overwrite starts anew") from None
+            reason = f"{path} is no checkpoint of this run ({first_line(error)})"
+            raise UserError(f"{reason}; --overwrite starts anew") from None
 
 
 def as_csv(rows):
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
+    writer = csv.DictWriter(table, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return table.getvalue().encode()
 
 
@@ -434,8 +442,8 @@ class Settings:
 
     model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
     norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
-    optimizer: str = setting(["adamw", "muon"], "muon: for matrices inside the blocks, AdamW for the rest", "adamw")
-    schedule: str = setting(["cosine", "wsd"], "to 1/20, or constant and linear to 0 in the last fifth", "cosine")
+    optimizer: str = setting(["adamw", "muon"], "muon: for the matrices inside the blocks", "adamw")
+    schedule: str = setting(["cosine", "wsd"], "cosine, or constant and then linear to 0", "cosine")
     lr: float = setting(number(float, 1e-9, 1e3), "peak learning rate", default_lr, several=True)
     seed: int = setting(whole(0, 2**32 - 1), "of weights and batches", 0, several=True)
     batch_size: int = setting(whole(1, 2**20), "sequences a step, over all processes")
@@ -444,25 +452,38 @@ class Settings:
     d_model: int = setting(whole(2, 2**16), "width")
     n_layer: int = setting(whole(1, 1024), "layers")
     n_head: int = setting(whole(1, 1024), "attention heads")
-    d_ff: int = setting(width, "hidden width, int(8 d_model / 3), or +n for n more", lambda s: paper_d_ff(s.d_model))
-    vocab_size: int = setting(None, "the preset's, or the data's", lambda s: s.preset.get("vocab_size", s.data_vocab_size))
+    d_ff: int = setting(width, "hidden width, or +n for n more", lambda s: paper_d_ff(s.d_model))
+    vocab_size: int = setting(None, "tokens", lambda s: s.preset.get("vocab_size", s.data_vocab_size))
     gemma: bool = setting(None, "Gemma's extra norms", lambda s: s.preset.get("gemma", False))
     n_expert: int = setting(None, "routed experts", lambda s: s.preset.get("n_expert", 0))
     top_k: int = setting(None, "of them for a token", lambda s: s.preset.get("top_k", 0))
-    weight_decay: float = setting(number(float, 0, 100), "decoupled; of which vectors, --norm-scale says", 0.1)
-    grad_clip: float = setting(number(float, 0, 1e9), "largest norm of the gradient; 0 leaves it as it is", 1.0)
-    warmup_steps: int = setting(whole(0), "steps to the peak: 5 % of all, at least 10", lambda s: max(10, s.steps // 20))
+    weight_decay: float = setting(number(float, 0, 100), "of matrices and of --norm-scale's vectors", 0.1)
+    grad_clip: float = setting(number(float, 0, 1e9), "largest norm of the gradient; 0: any", 1.0)
+    warmup_steps: int = setting(whole(0), "steps to the peak", lambda s: max(10, s.steps // 20))
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
     eval_every: int = setting(whole(1), "steps from one evaluation to the next")
     eval_tokens: int = setting(whole(1, 10**12), "evaluate on this many of the first tokens of val.bin")
     dtype: str = setting(
-        ["auto", "float32", "bfloat16"], "of products", lambda s: "bfloat16" if s.machine.has_bfloat16 else "float32"
+        ["auto", "float32", "bfloat16"],
+        "of products",
+        lambda s: "bfloat16" if s.machine.has_bfloat16 else "float32",
     )
     # The rest makes no other run: its losses are the same up to rounding.
-    device: str = setting(["auto", "cpu", "cuda", "mps"], "auto: cuda, else cpu", lambda s: s.machine.kind, False)
-    compile: str = setting(["auto", "on", "off"], "torch.compile; auto: on a GPU", default_compile, False)
-    micro_batch_size: int = setting(whole(1, 2**20), "sequences at once on a process", default_micro_batch_size, False)
-    checkpoint_every: int = setting(whole(0), "steps; 0: at the end or when stopped", lambda s: s.eval_every, False)
+    device: str = setting(
+        ["auto", "cpu", "cuda", "mps"],
+        "auto: cuda where there is one",
+        lambda s: s.machine.best,
+        another_run=False,
+    )
+    compile: str = setting(
+        ["auto", "on", "off"], "torch.compile; auto: on a GPU", default_compile, another_run=False
+    )
+    micro_batch_size: int = setting(
+        whole(1, 2**20), "sequences at once on a process", default_micro_batch_size, another_run=False
+    )
+    checkpoint_every: int = setting(
+        whole(0), "steps; 0: at the end or when stopped", lambda s: s.eval_every, another_run=False
+    )
 
 
 FIELDS = {field.name: field.metadata for field in dataclasses.fields(Settings)}
@@ -507,7 +528,9 @@ def folder_name(settings, changed, data_sha256):
 
 
 def command_line():
-    parser = CommandLine(prog="train.py", description="Trains a small Llama with the scale vectors of --norm-scale.")
+    parser = CommandLine(
+        prog="train.py", description="Trains a small Llama with the scale vectors of --norm-scale."
+    )
     length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
     for name, field in FIELDS.items():
         if field["kind"]:
@@ -518,7 +541,9 @@ def command_line():
             text = f"{field['what']} (default: {default})".replace("%", "%%")
             group = length if name == "steps" else parser
             group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
-    length.add_argument("--tokens", dest="steps", type=steps_for, help="as many steps as see this many tokens")
+    length.add_argument(
+        "--tokens", dest="steps", type=steps_for, help="as many steps as see this many tokens"
+    )
     parser.add_argument("--out-dir", default="runs", help="where the run folders are (default: runs)")
     jobs = "of several runs, how many at once (default: as many as there are cores; on a GPU one)"
     parser.add_argument("--jobs", type=whole(1, 1024), help=jobs)
@@ -527,7 +552,9 @@ def command_line():
     again.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
     dry_run = "print parameters and optimiser groups; needs no data, allocates nothing"
     instead.add_argument("--dry-run", action="store_true", help=dry_run)
-    instead.add_argument("--benchmark", action="store_true", help="time the variants in turn instead of training them")
+    instead.add_argument(
+        "--benchmark", action="store_true", help="time the variants in turn instead of training them"
+    )
     return parser
 
 
@@ -543,7 +570,8 @@ class Machine:
         self.rank = int(os.environ["RANK"]) if together else 0
         self.processes = int(os.environ["WORLD_SIZE"]) if together else 1
         available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        self.kind = kind if kind != "auto" else "cuda" if available["cuda"] else "cpu"
+        self.best = "cuda" if available["cuda"] else "cpu"
+        self.kind = self.best if kind == "auto" else kind
         if not available[self.kind]:
             raise UserError(f"--device: this machine has no {self.kind} device that torch can use")
         self.device, self.is_gpu = torch.device(self.kind), self.kind == "cuda"
@@ -560,16 +588,20 @@ class Machine:
     def tensor(self, array):
         """An array of tokens, as int64 on the device."""
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.is_gpu else tensor.to(self.device)
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.is_gpu else tensor.to(self.device)
+        )
 
     def autocast(self, dtype):
         return torch.autocast(self.kind, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def mean(self, values):
-        """Each number's mean over all processes."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device if self.is_gpu else "cpu")
-        self.average([tensor])
-        return tensor.tolist()
+    def sum(self, values):
+        """Each number summed over all processes."""
+        if self.processes == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     def average(self, tensors):
         """Each tensor becomes its mean over all processes, in place."""
@@ -579,7 +611,7 @@ class Machine:
                 tensor /= self.processes
 
     def wait(self):
-        self.mean([0])
+        self.sum([0])
 
     def peak_memory_mb(self):
         """The GPU's peak, or that of the process; "" where it is not known, as on Windows."""
@@ -596,7 +628,9 @@ class Machine:
         """Bytes that there are; infinite where it is not known."""
         if self.is_gpu:
             return torch.cuda.mem_get_info()[1]
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        return (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        )
 
 
 class Stop:
@@ -607,8 +641,12 @@ class Stop:
 
     def __enter__(self):
         self.signum, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():  # signals reach no other, as a notebook server's
-            self.before = {signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # signals reach no other, as a notebook server's
+            self.before = {
+                signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def __exit__(self, *_):
         for signum, handler in self.before.items():
@@ -700,15 +738,19 @@ def run(plan, data, machine, resume):
         return 0
 
 
+PROGRESS = re.compile(r"step ([\d,]+)/([\d,]+) ")  # how a line about a step begins
+
+
 def report(record, settings, line):
     """A line that stays for an evaluation, and one that goes for a step."""
     if record.losses:
         rate = record.steps_per_second()
-        speed = f"{rate * settings.batch_size * settings.seq_len:,.0f} tokens/s"
+        tokens_per_second = rate * settings.batch_size * settings.seq_len
+        left = (settings.steps - record.step) / rate
         where = f"step {record.step:,}/{settings.steps:,}  loss {record.losses[-1]:.3f}"
-        line.show(f"{where}  {speed}  {(settings.steps - record.step) / rate:,.0f} s left")
+        line.show(f"{where}  {tokens_per_second:,.0f} tokens/s  {left:,.0f} s left")
     elif record.metrics:
-        row = dict(zip(METRICS, record.metrics[-1]))
+        row = record.metrics[-1]
         losses = f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}"
         line.keep(f"step {record.step:,}: {row['tokens']:,} tokens, {losses}")
 
@@ -718,10 +760,12 @@ def summary(record, settings, data, folder):
     model, _ = load(folder.path)
     start = torch.from_numpy(data.val[None, :8].astype(np.int64))
     text = data.decode(model.generate(start, 48, torch.Generator().manual_seed(0))[0].tolist())
-    val_loss = record.metrics[-1][METRICS.index("val_loss")]
+    val_loss = record.metrics[-1]["val_loss"]
     scored = data.val[1 : settings.eval_tokens + 1]
     bits = val_loss * len(scored) / math.log(2) / data.token_bytes[scored].sum()
-    loss = f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte, {record.seconds:,.0f} s of training"
+    loss = (
+        f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte, {record.seconds:,.0f} s of training"
+    )
     return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}"
 
 
@@ -731,14 +775,24 @@ def describe(settings):
     counts = count(config)
     with torch.device("meta"):
         optimizers = make_optimizers(Transformer(config), settings)
-    activated = f"{counts.activated_parameters:,} activated, " if counts.activated_parameters != counts.parameters else ""
+    activated = (
+        f"{counts.activated_parameters:,} activated, "
+        if counts.activated_parameters != counts.parameters
+        else ""
+    )
     share = f"{counts.scale_parameters:,} of them in scale vectors ({counts.scale_parameters / counts.parameters:.3g})"
-    lines = ["", f"--norm-scale={settings.norm_scale}", *(f"  {line}" for line in config.norm_scale.describe())]
+    lines = [
+        "",
+        f"--norm-scale={settings.norm_scale}",
+        *(f"  {line}" for line in config.norm_scale.describe()),
+    ]
     lines.append(f"{settings.model}: {counts.parameters:,} parameters, {activated}{share}")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             size = sum(p.numel() for p in group["params"])
-            what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
+            what = (
+                f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
+            )
             lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
     tokens = settings.steps * settings.batch_size * settings.seq_len
     each = f"{tokens:,}, {tokens / counts.activated_parameters:.1f} a parameter"
@@ -787,7 +841,7 @@ class Sweep:
         self.plans, self.jobs, self.again = plans, jobs, again
         self.line, self.printing, self.began = StatusLine(), threading.Lock(), time.monotonic()
         self.processes = {}  # name -> process under way
-        self.share = {plan.name: 0.0 for plan in plans}  # of its steps that a run has done
+        self.done = {plan.name: 0.0 for plan in plans}  # share of a run's steps
         self.last_words = {plan.name: "" for plan in plans}
 
     def run(self):
@@ -796,7 +850,9 @@ class Sweep:
             codes = [pool.submit(self.run_one, plan) for plan in self.plans]
             while wait(codes, timeout=0.2).not_done and not STOP.requested:
                 pass
-            if STOP.requested and os.name == "posix":  # on Windows Ctrl-C reaches them, and this would kill them
+            if (
+                STOP.requested and os.name == "posix"
+            ):  # on Windows Ctrl-C reaches them, and this would kill them
                 for process in list(self.processes.values()):
                     process.terminate()  # they save, and end
         if STOP.requested:
@@ -829,19 +885,19 @@ class Sweep:
                 self.show(plan.name, text.rstrip())
         code = process.wait()
         del self.processes[plan.name]
-        self.share[plan.name] = 1.0
+        self.done[plan.name] = 1.0
         return code
 
     def show(self, name, text):
         """A run's line about a step becomes part of the one status line; its others stay, under its name."""
-        if step := re.match(r"step ([\d,]+)/([\d,]+) ", text):
-            done, steps = (int(number.replace(",", "")) for number in step.groups())
-            self.share[name] = done / steps
-            share = fmean(self.share.values())
-            left = (time.monotonic() - self.began) * (1 - share) / share
-            finished = sum(share == 1 for share in self.share.values())
-            under_way = ", ".join(f"{run} {self.share[run]:.0%}" for run in self.processes)
-            self.line.show(f"{finished} of {len(self.share)} done, {left:,.0f} s left: {under_way}")
+        if progress := PROGRESS.match(text):
+            step, steps = (int(number.replace(",", "")) for number in progress.groups())
+            self.done[name] = step / steps
+            overall = fmean(self.done.values())
+            left = (time.monotonic() - self.began) * (1 - overall) / overall
+            finished = sum(share == 1 for share in self.done.values())
+            under_way = ", ".join(f"{run} {self.done[run]:.0%}" for run in list(self.processes))
+            self.line.show(f"{finished} of {len(self.done)} done, {left:,.0f} s left: {under_way}")
         elif text and not STOP.requested:
             self.last_words[name] = text
             self.line.keep(f"{name}: {text}")
@@ -854,7 +910,6 @@ def available_cores():
 # ---------------------------------------------------------------------------------------------------
 # Timing
 
-BENCHMARK = "norm_scale ms_per_step tokens_per_second tflops peak_memory_mb ratio".split()
 PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16
 
 
@@ -873,27 +928,33 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
                 started = time.perf_counter()
                 next(loop)  # on a GPU the loss is waited for, and with it the step before
                 taken.append(1000 * (time.perf_counter() - started))
-    rows = [BENCHMARK]
+    rows = []
     for plan, taken in zip(plans, milliseconds):
         ms, ratio = median(taken), median(taken) / median(milliseconds[0])
         rate = 1000 * plan.settings.batch_size * plan.settings.seq_len / ms
         tflops = rate * count(make_config(plan.settings)).flops_per_token / 1e12
-        rows.append([plan.settings.norm_scale, f"{ms:.3f}", f"{rate:.0f}", f"{tflops:.4f}", memory, f"{ratio:.4f}"])
+        row = {
+            "norm_scale": plan.settings.norm_scale,
+            "ms_per_step": f"{ms:.3f}",
+            "tokens_per_second": f"{rate:.0f}",
+        }
+        rows.append(row | {"tflops": f"{tflops:.4f}", "peak_memory_mb": memory, "ratio": f"{ratio:.4f}"})
+        say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
         for card, most in PEAK_TFLOPS.items():
             if card in machine.name:
-                say(f"{plan.settings.norm_scale}: {tflops / most / machine.processes:.0%} of the peak of {card}")
-    for row in rows:
-        say("  ".join(f"{cell:>17}" for cell in row))
+                say(f"  {tflops / most / machine.processes:.0%} of the peak of {card}")
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write("benchmark.csv", lambda file: file.write(as_csv(rows)))
-    say(f"medians of {rounds * steps} steps, {plans[0].settings.model} on {machine.name}; {out_dir}/benchmark.csv")
+    folder.write("benchmark.csv", as_csv(rows))
+    say(
+        f"medians of {rounds * steps} steps, {plans[0].settings.model} on {machine.name}; {out_dir}/benchmark.csv"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # The command
 
 
-def insist(holds, message):
+def require(holds, message):
     if not holds:
         raise UserError(message)
 
@@ -901,28 +962,44 @@ def insist(holds, message):
 def check(s, data, machine):
     """Raises UserError where settings do not go together, with these data, or on this machine."""
     head_dim, share = s.d_model // s.n_head, s.batch_size // machine.processes
-    insist(s.d_model % s.n_head == 0, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
-    insist(head_dim % 2 == 0, f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}")
-    whole = share * machine.processes == s.batch_size
-    insist(whole, f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes")
-    micro = f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences"
-    insist(share % s.micro_batch_size == 0, micro)
-    insist(s.dtype == "float32" or machine.has_bfloat16, f"--dtype: bfloat16 needs a GPU that has it, not {s.device}")
+    require(s.d_model % s.n_head == 0, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
+    require(head_dim % 2 == 0, f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}")
+    require(
+        s.batch_size % machine.processes == 0,
+        f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes",
+    )
+    require(
+        share % s.micro_batch_size == 0,
+        f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences",
+    )
+    require(
+        s.dtype == "float32" or machine.has_bfloat16,
+        f"--dtype: bfloat16 needs a GPU that has it, not {s.device}",
+    )
     if s.compile == "on":
-        insist(not s.n_expert, "--compile: the loop over experts is not for torch.compile")
-        compiler = machine.is_gpu or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "cl")))
-        insist(compiler, "--compile: on a CPU torch.compile needs a C++ compiler, and there is none")
-    vocabulary = f"{data.folder} has {data.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}"
-    insist(data.vocab_size <= s.vocab_size, vocabulary)
+        require(not s.n_expert, "--compile: the loop over experts is not for torch.compile")
+        compilers = (os.environ.get("CXX", "c++"), "g++", "cl")
+        require(
+            machine.is_gpu or any(map(shutil.which, compilers)),
+            "--compile: on a CPU torch.compile needs a C++ compiler, and there is none",
+        )
+    require(
+        data.vocab_size <= s.vocab_size,
+        f"{data.folder} has {data.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}",
+    )
     for name, tokens in ("train.bin", data.train), ("val.bin", data.val):
-        few = f"{data.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
-        insist(len(tokens) > s.seq_len, few)
-    # Held at the least: weights, gradients and moments; logits and their gradient; what each layer's backward reads.
-    counts, tokens = count(make_config(s)), s.micro_batch_size * s.seq_len
-    need = 16 * counts.parameters + 8 * tokens * s.vocab_size
-    need += (2 if s.dtype == "bfloat16" else 4) * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
-    has = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
-    insist(need <= machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {has}")
+        require(
+            len(tokens) > s.seq_len,
+            f"{data.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one",
+        )
+    # Held at the least: weights, gradients and moments; logits and their gradient; what each layer saves.
+    tokens, size = s.micro_batch_size * s.seq_len, 2 if s.dtype == "bfloat16" else 4
+    need = 16 * count(make_config(s)).parameters + 8 * tokens * s.vocab_size
+    need += size * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
+    have = machine.memory()
+    require(
+        need <= have, f"this needs {need / 2**30:,.0f} GiB or more, the {s.device} has {have / 2**30:,.0f}"
+    )
 
 
 def reason_to_pass_over(plan, data, args):
@@ -930,13 +1007,16 @@ def reason_to_pass_over(plan, data, args):
     path, config = plan.folder.path, {} if args.overwrite else plan.folder.config()
     if not config:
         return None
-    insist(args.resume, f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
+    require(args.resume, f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
     for name, field in FIELDS.items():
         here, there = getattr(plan.settings, name), config.get(name)
         same = here == there or name == "data" or not field["another_run"]
-        insist(same, f"{path} is of another run: {name} is {there} there and {here} here; --overwrite starts anew")
+        require(
+            same,
+            f"{path} is of another run: {name} is {there} there and {here} here; --overwrite starts anew",
+        )
     same_data = config.get("data_sha256") == data.sha256
-    insist(same_data, f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
+    require(same_data, f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
     return {"done": "done already", "diverged": config.get("reason")}.get(config.get("status"))
 
 
@@ -950,8 +1030,14 @@ def plans_of(args, data, machine):
         named = {name: getattr(settings, name) for name in IN_EVERY_NAME} | changed
         named |= {"out_dir": args.out_dir} if args.out_dir != "runs" else {}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
-        plans.append(Plan(settings, RunFolder(Path(args.out_dir, folder_name(settings, changed, about[2])), machine), flags))
-    insist(len({plan.name for plan in plans}) == len(plans), "--lr: two of these runs would share a folder")
+        plans.append(
+            Plan(
+                settings,
+                RunFolder(Path(args.out_dir, folder_name(settings, changed, about[2])), machine),
+                flags,
+            )
+        )
+    require(len({plan.name for plan in plans}) == len(plans), "--lr: two of these runs would share a folder")
     return plans
 
 
@@ -978,7 +1064,7 @@ def execute(args):
         benchmark(plans, data, machine, args.out_dir)
         return 0
     one_run = "torchrun trains one run at a time: give one value each to --norm-scale, --lr and --seed"
-    insist(len(plans) == 1 or machine.processes == 1, one_run)
+    require(len(plans) == 1 or machine.processes == 1, one_run)
 
     code, todo = 0, []
     for plan, reason in [(plan, reason_to_pass_over(plan, data, args)) for plan in plans]:
