@@ -43,28 +43,8 @@ import torch.nn.functional as F
 import norms
 import plot
 import prepare_data
-from model import (
-    PRESETS,
-    Attention,
-    Config,
-    MixtureOfExperts,
-    SwiGLU,
-    Transformer,
-    count,
-    llama_state_dict,
-    rotations,
-)
-from norms import (
-    GRAMMAR,
-    Branch,
-    NormScale,
-    OutputNorm,
-    ScaleVector,
-    decay_groups,
-    fold,
-    normalize,
-    shared_vector,
-)
+from model import PRESETS, Attention, Config, MixtureOfExperts, SwiGLU, Transformer, count, llama_state_dict, rotations
+from norms import GRAMMAR, Branch, NormScale, OutputNorm, ScaleVector, decay_groups, fold, normalize, shared_vector
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # marks need no file of their own
 HERE = Path(__file__).parent
@@ -188,9 +168,7 @@ def test_rows_of_table_1(form, expected, vectors):
     assert sum(isinstance(m, ScaleVector) for m in attention.modules()) == vectors
     gates = small_model(form, "moe-tiny").blocks[0].ffn
     assert slots(gates.router) == expected & {"v"} and slots(gates.experts[3].up) == expected
-    if (
-        "dnp" in form
-    ):  # per head for Q, K and V, over the whole output for the others, with a vector as long as it
+    if "dnp" in form:  # per head for Q, K and V, over the whole output for the others, with a vector as long as it
         assert attention.q.norm.width == 20 and attention.q.norm.u().numel() == 40
         assert gates.experts[3].up.norm.width == gates.experts[3].up.norm.u().numel() == 26
 
@@ -240,10 +218,7 @@ def test_norm_behind_a_branch_is_sound_in_bfloat16():
 
 
 def test_gamma_is_multiplied_in_float32():
-    norm, y = (
-        OutputNorm(64, NormScale()),
-        torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
-    )
+    norm, y = OutputNorm(64, NormScale()), torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     norm.u.gamma.data += 2**-9  # in bfloat16 this is 1 still
     expected = ((1 + 2**-9) * rms_norm(y.float())).bfloat16()
     assert norm(y).dtype == torch.bfloat16 and (norm(y) == expected).float().mean() > 0.99
@@ -258,12 +233,7 @@ def test_gamma_is_multiplied_in_float32():
 def test_labels_come_back_in_the_tables_order(label):
     scale = NormScale.parse(label)
     shuffled = " " + "+".join(reversed(label.split("+"))).upper()
-    names = {
-        "hg+dnp+or+iwd": "unified",
-        "iwd": "standard+iwd",
-        "owd": "standard+owd",
-        "nowd": "standard+nowd",
-    }
+    names = {"hg+dnp+or+iwd": "unified", "iwd": "standard+iwd", "owd": "standard+owd", "nowd": "standard+nowd"}
     assert scale.label == names.get(label, label)
     assert NormScale.parse(shuffled) == scale and NormScale.parse(scale.label) == scale
     assert all(any(line.startswith(part) for line in scale.describe()) for part in label.split("+"))
@@ -285,9 +255,7 @@ def test_labels_come_back_in_the_tables_order(label):
 def test_a_mistake_in_the_string_is_named(text, words):
     with pytest.raises(ValueError) as caught:
         NormScale.parse(text)
-    assert all(
-        word in str(caught.value) for word in [*words, "none, standard, unified, or parts joined by +"]
-    )
+    assert all(word in str(caught.value) for word in [*words, "none, standard, unified, or parts joined by +"])
     assert "\n" not in str(caught.value)
 
 
@@ -331,9 +299,7 @@ def test_scale_vectors_are_as_many_as_the_papers():
     assert counts("llama-0.12b", "none").scale_parameters == 0
     unified = counts("llama-0.12b", "unified").parameters
     assert unified == 119_846_784 + 62 and unified - counts("llama-0.12b").parameters == 102_528 + 62
-    assert (
-        round(counts("llama-0.12b", "standard", "--d-ff=+8").parameters / 1e9, 5) == 0.11985
-    )  # figure 10's control
+    assert round(counts("llama-0.12b", "standard", "--d-ff=+8").parameters / 1e9, 5) == 0.11985  # figure 10's control
     # Section 4.4 by its own definitions: unified adds 4.84e-4 to Llama-1B, without the betas.
     added = counts("llama-1b", "hg+dnp").parameters - 1_028_065_024
     assert round(added / 1_028_065_024, 6) == 4.84e-4
@@ -366,9 +332,7 @@ def test_every_parameter_decays_as_its_role_says(label, model):
         if p.ndim == 2:
             assert decay[p] == 0.1
         else:
-            assert decay[p] == (
-                0.1 if policy == "all" or policy == ("owd" if behind_a_norm else "iwd") else 0.0
-            ), name
+            assert decay[p] == (0.1 if policy == "all" or policy == ("owd" if behind_a_norm else "iwd") else 0.0), name
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -425,9 +389,7 @@ def naive_transformer(model, tokens, targets, form):
     x, balances = model.embedding[tokens], []
     for block in model.blocks:
         a, n = block.attention, rms_norm(x)
-        q, k, v = (
-            naive_branch(branch, n, form, config.d_model // config.n_head) for branch in (a.q, a.k, a.v)
-        )
+        q, k, v = (naive_branch(branch, n, form, config.d_model // config.n_head) for branch in (a.q, a.k, a.v))
         x = x + emitted(block.attention_out, naive_attention(q, k, v, config.n_head) @ a.o.T)
         if config.n_expert:
             y, balance = naive_moe(block.ffn, rms_norm(x), form)
@@ -451,9 +413,7 @@ def test_the_transformer_is_the_one_written_out(form, model):
     expected_logits, *expected = naive_transformer(built, inputs, targets, form)
     loss, balance, load = built(inputs, targets)
     torch.testing.assert_close(built(inputs), expected_logits, rtol=2e-4, atol=2e-4)
-    torch.testing.assert_close(
-        (loss, balance), tuple(e.to(loss.dtype) for e in expected), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close((loss, balance), tuple(e.to(loss.dtype) for e in expected), rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad(loss + balance, list(built.parameters()), allow_unused=True)
     theirs = torch.autograd.grad(sum(expected), list(built.parameters()), allow_unused=True)
     for (name, p), a, b in zip(built.named_parameters(), ours, theirs):
@@ -468,9 +428,7 @@ def test_experts_without_tokens_have_gradients_of_zero():
     n = torch.randn(1, 3, 40, requires_grad=True)  # 6 visits to 8 experts
     (y, balance, load), (expected, expected_balance) = ffn(n), naive_moe(ffn, n, "hg+dnp+or")
     torch.testing.assert_close((y, balance), (expected, expected_balance), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(out.square().sum(), n, retain_graph=True)[0] for out in (y, expected))
-    )
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), n, retain_graph=True)[0] for out in (y, expected)))
     y.sum().backward()
     (idle, *_) = (load[0] == 0).nonzero()[0]
     assert all(p.grad is not None and not p.grad.any() for p in ffn.experts[idle].parameters())
@@ -488,17 +446,12 @@ def test_gemma_under_dnp_has_one_norm_on_q_and_k():
     unified, dp, none = (small_model(form, "gemma-tiny") for form in ("unified", "hg+dp", "none"))
     assert unified.blocks[0].attention.q.norm.u().numel() == 40  # DNP's, not one vector for all heads
     q, v = dp.blocks[0].attention.q, dp.blocks[0].attention.v
-    assert (
-        slots(q) == {"v", "u", "norm"} and slots(v) == {"v", "u"} and q.norm.u().numel() == q.norm.width == 20
-    )
+    assert slots(q) == {"v", "u", "norm"} and slots(v) == {"v", "u"} and q.norm.u().numel() == q.norm.width == 20
     assert not any(p.ndim == 1 for p in none.parameters())
 
 
 def test_variants_of_one_seed_start_from_the_same_matrices():
-    one, other = (
-        {n: p for n, p in small_model(v, seed=3).named_parameters() if p.ndim == 2}
-        for v in ("none", "unified")
-    )
+    one, other = ({n: p for n, p in small_model(v, seed=3).named_parameters() if p.ndim == 2} for v in ("none", "unified"))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     assert not torch.equal(one["embedding"], small_model("none", seed=4).embedding)
     for model in ("tiny", "moe-tiny"):
@@ -541,10 +494,7 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_moves_each_by_the_papers_
     s = settings(f"--model={model}", "--norm-scale=unified", "--optimizer=muon", "--weight-decay=0")
     built = Transformer(dataclasses.replace(train.make_config(s), n_layer=2)).init_weights(0)
     muon, adamw = train.make_optimizers(built, s)
-    assert isinstance(muon, torch.optim.Muon) and (muon.defaults["momentum"], muon.defaults["nesterov"]) == (
-        0.95,
-        True,
-    )
+    assert isinstance(muon, torch.optim.Muon) and (muon.defaults["momentum"], muon.defaults["nesterov"]) == (0.95, True)
     inside = {p: p.detach().clone() for p in built.blocks.parameters() if p.ndim == 2}
     assert {p for group in muon.param_groups for p in group["params"]} == inside.keys()
     tokens = torch.randint(64, (8, 65), generator=torch.Generator().manual_seed(0))
@@ -557,17 +507,9 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_moves_each_by_the_papers_
 def test_optimisers_have_the_papers_settings():
     s = settings("--norm-scale=unified", "--optimizer=muon", "--weight-decay=0.3")
     optimizers = train.make_optimizers(small_model("unified"), s)
-    assert [o.defaults["lr"] for o in optimizers] == [s.lr, s.lr] and optimizers[1].defaults["betas"] == (
-        0.9,
-        0.95,
-    )
+    assert [o.defaults["lr"] for o in optimizers] == [s.lr, s.lr] and optimizers[1].defaults["betas"] == (0.9, 0.95)
     decay = [(group["name"], group["weight_decay"]) for o in optimizers for group in o.param_groups]
-    expected = [
-        ("matrices", 0.3),
-        ("matrices", 0.3),
-        ("Input-Norm scale vectors", 0.3),
-        ("Output-Norm scale vectors", 0.0),
-    ]
+    expected = [("matrices", 0.3), ("matrices", 0.3), ("Input-Norm scale vectors", 0.3), ("Output-Norm scale vectors", 0.0)]
     assert decay == expected
 
 
@@ -601,11 +543,7 @@ def test_presets_and_what_follows_from_flags():
     llama = "--model=llama-0.12b"
     assert settings(llama).lr == 4e-3 and settings(llama, "--optimizer=muon").lr == 5e-3
     assert settings(llama, "--schedule=wsd").lr == 3e-3 and settings("--model=moe-2b").lr == 6e-4
-    assert (
-        settings("--model=moe-0.5b", "--optimizer=muon").lr
-        == settings("--model=gemma-0.5b", "--optimizer=muon").lr
-        == 4e-3
-    )
+    assert settings("--model=moe-0.5b", "--optimizer=muon").lr == settings("--model=gemma-0.5b", "--optimizer=muon").lr == 4e-3
     assert settings(llama, "--batch-size=48").micro_batch_size == 24
     small = settings("--model=small")
     assert (small.d_model, small.lr, small.steps, small.eval_every, small.d_ff) == (128, 2e-3, 6000, 750, 341)
@@ -613,13 +551,7 @@ def test_presets_and_what_follows_from_flags():
     assert settings("--tokens=1025").steps == 2 and settings("--steps=6000").warmup_steps == 300
     s = settings()
     assert (s.batch_size, s.seq_len, s.steps, s.lr, s.d_ff, s.vocab_size) == (8, 128, 2000, 4e-3, 170, 64)
-    assert (s.dtype, s.compile, s.micro_batch_size, s.checkpoint_every, s.eval_tokens) == (
-        "float32",
-        "off",
-        8,
-        250,
-        131_072,
-    )
+    assert (s.dtype, s.compile, s.micro_batch_size, s.checkpoint_every, s.eval_tokens) == ("float32", "off", 8, 250, 131_072)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -700,18 +632,14 @@ def time_of(r, s, scale):
 
 
 def test_theorem_2_2_input_scales_help():
-    t, loss, U, g = flow(
-        "standard", TEACHER, 1.0, 400, lambda m: [norms.population_loss(m, TEACHER), *parts_of(m)[:2]]
-    )
+    t, loss, U, g = flow("standard", TEACHER, 1.0, 400, lambda m: [norms.population_loss(m, TEACHER), *parts_of(m)[:2]])
     none = losses("none", TEACHER, 1.0, 400)
     torch.testing.assert_close(none, torch.exp(-2 * t) * TEACHER.square().sum() / 2, rtol=1e-9, atol=0)
     assert (loss[1:] < none[1:]).all()
     torch.testing.assert_close(g**2 - U.square().sum(1), torch.ones_like(g), rtol=0, atol=1e-8)
     # The whole curve: with ||u_j|| = r, g_j = sqrt(1 + r^2) by the conservation law, and r obeys a scalar equation.
     r, s = U[1:].norm(dim=1), TEACHER.norm(dim=0).expand(400, -1)
-    torch.testing.assert_close(
-        time_of(r, s, lambda r: (1 + r**2) ** 0.5), t[1:, None].expand(-1, 3), rtol=0, atol=1e-8
-    )
+    torch.testing.assert_close(time_of(r, s, lambda r: (1 + r**2) ** 0.5), t[1:, None].expand(-1, 3), rtol=0, atol=1e-8)
 
 
 def test_theorem_2_2_each_column_has_its_preconditioner():
@@ -739,9 +667,7 @@ def test_early_difference_is_cubic(variant, against):
     t = torch.linspace(0, 0.05, 51, dtype=torch.float64)[10:]
     difference = (losses(variant, TEACHER, 0.05, 50) - losses(against, TEACHER, 0.05, 50))[10:]
     series = torch.linalg.lstsq(t[:, None] ** torch.arange(4), (difference / t**3)[:, None]).solution[:, 0]
-    torch.testing.assert_close(
-        series[0], -2 / 3 * CUBIC[variant, against](TEACHER, *TEACHER.shape), rtol=2e-3, atol=0
-    )
+    torch.testing.assert_close(series[0], -2 / 3 * CUBIC[variant, against](TEACHER, *TEACHER.shape), rtol=2e-3, atol=0)
 
 
 def test_theorem_3_1_dp_falls_faster_from_the_same_state():
@@ -808,19 +734,13 @@ def test_theorem_3_2_or_falls_faster_from_the_same_state():
 
 def test_theorem_3_2_or_from_the_standard_start():
     _, V, beta, alpha = flow("or", TEACHER, 1.0, 500, lambda m: [m.W, *m.v.parameters()])
-    torch.testing.assert_close(
-        alpha.norm(dim=1), torch.tensor(3.0).double().sqrt().expand(501), rtol=0, atol=1e-8
-    )
-    torch.testing.assert_close(
-        beta[:, 0] ** 2 - V.square().sum((1, 2)), torch.ones(501).double(), rtol=0, atol=1e-8
-    )
+    torch.testing.assert_close(alpha.norm(dim=1), torch.tensor(3.0).double().sqrt().expand(501), rtol=0, atol=1e-8)
+    torch.testing.assert_close(beta[:, 0] ** 2 - V.square().sum((1, 2)), torch.ones(501).double(), rtol=0, atol=1e-8)
     # Equal column norms: gamma stays beta = sqrt(1 + d r^2) in every entry, where r is the norm of each column of V.
     equal = 1.5 * TEACHER / TEACHER.norm(dim=0)
     t, V, loss = flow("or", equal, 1.0, 500, lambda m: [m.W, norms.population_loss(m, equal)])
     assert (loss[1:] < losses("standard", equal, 1.0, 500)[1:]).all()
-    predicted = time_of(
-        V[1:].norm(dim=1), torch.full((500, 3), 1.5).double(), lambda r: (1 + 3 * r**2) ** 0.5
-    )
+    predicted = time_of(V[1:].norm(dim=1), torch.full((500, 3), 1.5).double(), lambda r: (1 + 3 * r**2) ** 0.5)
     torch.testing.assert_close(predicted, t[1:, None].expand(-1, 3), rtol=0, atol=1e-8)
 
 
@@ -833,9 +753,7 @@ def test_er_from_the_standard_start():
     torch.testing.assert_close(gamma, predicted, rtol=1e-8, atol=0)
     for seed in range(200):
         alpha = draw(3, seed=seed)
-        er = branch(
-            "er", seed, v_alpha=alpha, v_beta=alpha.mean(-1, keepdim=True) - alpha.min()
-        )  # gamma >= 1
+        er = branch("er", seed, v_alpha=alpha, v_beta=alpha.mean(-1, keepdim=True) - alpha.min())  # gamma >= 1
         V, g, _ = parts_of(er)
         assert dissipation(er) >= dissipation(branch("standard", seed, W=V, v_gamma=g))
 
@@ -843,11 +761,7 @@ def test_er_from_the_standard_start():
 def hessian_sizes(w, g, target):
     """Trace, largest eigenvalue and Frobenius norm of the Hessian of 1/2 (w g - target)^2 at one coordinate."""
     trace, cross = g**2 + w**2, 2 * w * g - target
-    return (
-        trace,
-        (trace + ((g**2 - w**2).square() + 4 * cross**2).sqrt()) / 2,
-        (g**4 + w**4 + 2 * cross**2).sqrt(),
-    )
+    return trace, (trace + ((g**2 - w**2).square() + 4 * cross**2).sqrt()) / 2, (g**4 + w**4 + 2 * cross**2).sqrt()
 
 
 def test_theorem_2_3_hessian():
@@ -882,9 +796,7 @@ def test_theorem_2_3_decay_on_scales(mu, q):
     w, g = module.W, module.v.gamma
 
     def loss(module):
-        return (
-            norms.population_loss(module, target) + decay / 2 * w.square().sum() + mu / 2 * g.square().sum()
-        )
+        return norms.population_loss(module, target) + decay / 2 * w.square().sum() + mu / 2 * g.square().sum()
 
     path = [torch.stack([w[0], g]).detach() for _ in norms.gradient_flow(module, loss, 20, 500, noise=q)]
     w, g = torch.stack(path, 1)  # each (501, columns)
@@ -897,9 +809,7 @@ def test_theorem_2_3_decay_on_scales(mu, q):
         grid = torch.linspace(-8, 8, 801, dtype=torch.float64)
         at_w, at_g = torch.meshgrid(grid, grid, indexing="ij")
         density = torch.exp(-((at_w * at_g - target).square() + decay * at_w**2 + mu * at_g**2) / q)
-        for observed, exact in zip(
-            [g**2, *hessian_sizes(w, g, target)], [at_g**2, *hessian_sizes(at_w, at_g, target)]
-        ):
+        for observed, exact in zip([g**2, *hessian_sizes(w, g, target)], [at_g**2, *hessian_sizes(at_w, at_g, target)]):
             assert_mean_is((density * exact).sum() / density.sum(), observed[250:].mean(0))
 
 
@@ -907,9 +817,7 @@ def test_theorem_2_3_decay_on_scales(mu, q):
 def test_section_3_4_effective_weight_moves_by_the_preconditioned_gradient(variant):
     """Two branches of A = W * (u v^T) with one v: dA/dt = u^2 R v^2 + W * (P_u h_u v^T + u (P_v h_v)^T), h = -dL/dgamma."""
     scale = NormScale.parse(variant)
-    module = torch.nn.ModuleList(
-        Branch(3, 4, scale, shared) for shared in 2 * [shared_vector(3, scale)]
-    ).double()
+    module = torch.nn.ModuleList(Branch(3, 4, scale, shared) for shared in 2 * [shared_vector(3, scale)]).double()
     for i, p in enumerate(module.parameters()):
         p.data = draw(*p.shape, seed=i) / 2
     teacher = draw(2, 4, 3, seed=99)
@@ -978,11 +886,7 @@ def peer_of(model, dtype):
     for i, block in enumerate(model.blocks):
         a, ffn = block.attention, block.ffn
         layer = {"self_attn.q_proj.weight": halves(a.q.W), "self_attn.k_proj.weight": halves(a.k.W)}
-        layer |= {
-            "self_attn.v_proj.weight": a.v.W,
-            "self_attn.o_proj.weight": a.o,
-            "input_layernorm.weight": gamma(a.q.v),
-        }
+        layer |= {"self_attn.v_proj.weight": a.v.W, "self_attn.o_proj.weight": a.o, "input_layernorm.weight": gamma(a.q.v)}
         if config.n_expert:
             gate_up = [torch.cat([expert.gate.W, expert.up.W]) for expert in ffn.experts]
             layer |= {"mlp.gate.weight": ffn.router.W, "mlp.experts.gate_up_proj": torch.stack(gate_up)}
@@ -1008,9 +912,7 @@ def peer_of(model, dtype):
         peer = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SHAPE, **more))
         peer.model.embed_tokens.embed_scale.fill_(1.0)
     elif config.n_expert:
-        more = dict(
-            num_experts=8, num_experts_per_tok=2, moe_intermediate_size=26, shared_expert_intermediate_size=48
-        )
+        more = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=26, shared_expert_intermediate_size=48)
         more |= dict(qkv_bias=False, norm_topk_prob=False, decoder_sparse_step=1)
         peer = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SHAPE, **more))
         peer.set_experts_implementation("eager")
@@ -1046,9 +948,7 @@ def test_logits_and_gradients_are_those_of_transformers(variant, model, precisio
     torch.testing.assert_close(ours, theirs, rtol=precision, atol=precision)
     weights = torch.randn(theirs.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad((theirs * weights).mean(), list(peer.parameters()))
-    product = sum(
-        (state[name] * g).sum() for (name, _), g in zip(peer.named_parameters(), expected, strict=True)
-    )
+    product = sum((state[name] * g).sum() for (name, _), g in zip(peer.named_parameters(), expected, strict=True))
     expected = torch.autograd.grad(product, list(built.parameters()), allow_unused=True)
     gradients = torch.autograd.grad((ours * weights).mean(), list(built.parameters()))
     for (name, _), g, e in zip(built.named_parameters(), gradients, expected):
@@ -1074,9 +974,7 @@ def test_a_folded_model_is_a_stock_llama(variant):
     torch.testing.assert_close(peer(TOKENS).logits, built(TOKENS), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "variant, model", [("standard", "tiny"), ("hg+dnp", "tiny"), ("none", "moe-tiny"), ("none", "gemma-tiny")]
-)
+@pytest.mark.parametrize("variant, model", [("standard", "tiny"), ("hg+dnp", "tiny"), ("none", "moe-tiny"), ("none", "gemma-tiny")])
 def test_what_is_no_stock_llama(variant, model):
     built = small_model(variant, model)
     with pytest.raises(ValueError, match="fold"):
@@ -1085,9 +983,7 @@ def test_what_is_no_stock_llama(variant, model):
 
 def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
-    W = torch.nn.Parameter(
-        torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    )
+    W = torch.nn.Parameter(torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     model = SimpleNamespace(blocks=torch.nn.ParameterList([W]), config=small_config("none"))
     model.parameters, model.modules = model.blocks.parameters, model.blocks.modules
     muon, _ = train.make_optimizers(model, settings("--optimizer=muon", "--lr=0.01"))
@@ -1142,9 +1038,7 @@ def test_nothing_is_compiled_again_after_the_first_evaluation(small, data_folder
     args = vars(train.command_line().parse_args([*SMALL, "--norm-scale=unified", "--compile=on"]))
     s, _ = train.resolve(args | {"norm_scale": "unified"}, machine, data.vocab_size, len(data.val))
     compiled = []
-    folder = SimpleNamespace(
-        load=lambda *_: train.Record(), write_tables=lambda *_: None, save=lambda *_: None
-    )
+    folder = SimpleNamespace(load=lambda *_: train.Record(), write_tables=lambda *_: None, save=lambda *_: None)
     for record in train.train(s, data, machine, folder):
         compiled.append(sum(torch._dynamo.utils.counters["frames"].values()))
     assert compiled[s.eval_every] == compiled[-1]
@@ -1540,8 +1434,6 @@ def test_tokens_at_the_edges(data_folder, tmp_path):
         assert val.tolist() == tokens and val.dtype == "<u2"
     with_meta(vocab_size=60_000)(folder)
     assert TokenFolder(folder).token_bytes[300:].tolist() == [0] * 59_700
-
-
 # ---------------------------------------------------------------------------------------------------
 # The trainer's promises
 
@@ -1576,16 +1468,11 @@ def checkpoint_of(folder):
 
 
 def statuses(parent="runs"):
-    return {
-        config_of(path.parent)["norm_scale"]: config_of(path.parent)["status"]
-        for path in Path(parent).glob("*/config.json")
-    }
+    return {config_of(path.parent)["norm_scale"]: config_of(path.parent)["status"] for path in Path(parent).glob("*/config.json")}
 
 
 def same_weights(one, other):
-    return all(
-        torch.equal(p, checkpoint_of(other)["model"][name]) for name, p in checkpoint_of(one)["model"].items()
-    )
+    return all(torch.equal(p, checkpoint_of(other)["model"][name]) for name, p in checkpoint_of(one)["model"].items())
 
 
 def at_step(monkeypatch, number, act):
@@ -1605,9 +1492,7 @@ def told_in_one_line(capsys, command, *words):
     with pytest.raises(SystemExit) as stopped:
         command()
     error = capsys.readouterr().err
-    assert (
-        stopped.value.code == 2 and len(error.splitlines()) == 1 and all(word in error for word in words)
-    ), error
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1 and all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(
@@ -1618,9 +1503,7 @@ def told_in_one_line(capsys, command, *words):
         (signal.SIGTERM, 143, ["--schedule=wsd", "--checkpoint-every=3", "--model=gemma-tiny"]),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    small, monkeypatch, capsys, signum, code, flags
-):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(small, monkeypatch, capsys, signum, code, flags):
     before = signal.getsignal(signum)
     flags = ["--norm-scale=unified", *flags]
     assert small("--out-dir=whole", *flags) == 0
@@ -1647,20 +1530,11 @@ def test_evaluating_more_often_changes_nothing(small):
     often, rarely = only_run("often"), only_run("rarely")
     assert same_weights(often, rarely)
     losses = {row["step"]: float(row["train_loss"]) for row in rows_of(often)}
-    assert float(rows_of(rarely)[0]["train_loss"]) == pytest.approx(
-        sum(losses[str(s)] for s in range(2, 11, 2)) / 5
-    )
+    assert float(rows_of(rarely)[0]["train_loss"]) == pytest.approx(sum(losses[str(s)] for s in range(2, 11, 2)) / 5)
 
 
 def test_the_recorded_command_gives_the_same_metrics(small):
-    flags = [
-        "--optimizer=muon",
-        "--d-ff=+8",
-        "--lr=3e-3",
-        "--checkpoint-every=4",
-        "--warmup-steps=2",
-        "--steps=10",
-    ]
+    flags = ["--optimizer=muon", "--d-ff=+8", "--lr=3e-3", "--checkpoint-every=4", "--warmup-steps=2", "--steps=10"]
     small("--norm-scale=hg+or", "--seed=7", *flags)
     folder = only_run()
     command = config_of(folder)["command"].split("train.py ")[1].split()
@@ -1684,38 +1558,27 @@ def test_a_run_leaves_a_record_that_reads_without_this_code(small):
     with open(folder / "metrics.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     assert (int(last["tokens"]), float(last["lr"])) == (1280, pytest.approx(0.004 / 4))
-    assert 50 < float(last["peak_memory_mb"]) < 50_000 and float(last["tokens_per_second"]) > 64 / float(
-        last["seconds"]
-    )
+    assert 50 < float(last["peak_memory_mb"]) < 50_000 and float(last["tokens_per_second"]) > 64 / float(last["seconds"])
     with open(folder / "scales.csv", newline="") as file:
         scales = {row["name"]: row for row in csv.DictReader(file) if row["step"] == "20"}
-    assert float(scales["blocks.0.attention.q.W"]["norm"]) == pytest.approx(
-        state["blocks.0.attention.q.W"].norm().item()
-    )
+    assert float(scales["blocks.0.attention.q.W"]["norm"]) == pytest.approx(state["blocks.0.attention.q.W"].norm().item())
     gamma = state["head.v.beta"] * state["head.v.alpha"] / state["head.v.alpha"].square().mean().sqrt()
     expected = [gamma.min(), gamma.mean(), gamma.max(), gamma.norm()]
-    assert [float(scales["head.v"][c]) for c in ("min", "mean", "max", "norm")] == pytest.approx(
-        [e.item() for e in expected]
-    )
+    assert [float(scales["head.v"][c]) for c in ("min", "mean", "max", "norm")] == pytest.approx([e.item() for e in expected])
     load = scales["blocks.1.ffn"]
     assert 0 <= float(load["min"]) <= float(load["mean"]) == pytest.approx(1 / 8) and float(load["max"]) <= 1
     vectors = {name.rpartition(".")[0] for name, p in state.items() if p.ndim == 1}
     assert sum(row["kind"] == "scale" for row in scales.values()) == len(vectors)
 
 
-def test_validation_loss_is_the_language_loss_of_the_first_windows_and_bits_are_of_the_same_text(
-    small, data_folder, capsys
-):
+def test_validation_loss_is_the_language_loss_of_the_first_windows_and_bits_are_of_the_same_text(small, data_folder, capsys):
     small("--model=moe-tiny", "--eval-tokens=100", "--micro-batch-size=4")
     folder, out = only_run(), capsys.readouterr().out
     assert config_of(folder)["eval_tokens"] == 96  # 6 windows of 16: what was evaluated
     model, tokenizer = train.load(folder)
     text = np.fromfile(data_folder / "val.bin", "<u2").astype(np.int64)[:97]
     tokens = torch.from_numpy(text)
-    losses = [
-        F.cross_entropy(model(tokens[None, i : i + 16])[0], tokens[i + 1 : i + 17]).item()
-        for i in range(0, 96, 16)
-    ]
+    losses = [F.cross_entropy(model(tokens[None, i : i + 16])[0], tokens[i + 1 : i + 17]).item() for i in range(0, 96, 16)]
     val_loss = sum(losses) / 6
     assert float(rows_of(folder)[-1]["val_loss"]) == pytest.approx(val_loss, rel=1e-6)
     size = sum(len(tokenizer.decode_single_token_bytes(token)) for token in text[1:])
@@ -1728,9 +1591,7 @@ def test_every_window_can_be_drawn_and_what_is_evaluated_is_recorded():
     assert set(train.batch(data, s, 0, machine)[:, 0].tolist()) == {0, 1}
     assert torch.equal(train.batch(data, s, 3, machine), train.batch(data, s, 3, machine))
     assert not torch.equal(train.batch(data, s, 3, machine), train.batch(data, s, 4, machine))
-    assert not torch.equal(
-        train.batch(data, s, 3, machine), train.batch(data, dataclasses.replace(s, seed=1), 3, machine)
-    )
+    assert not torch.equal(train.batch(data, s, 3, machine), train.batch(data, dataclasses.replace(s, seed=1), 3, machine))
     for asked, tokens, evaluated in (100, 13, 12), (100, 12, 8), (1, 13, 4), (9, 1000, 8):
         given = {"seq_len": 4, "eval_tokens": asked}
         assert train.resolve(given, machine, 64, tokens)[0].eval_tokens == evaluated
@@ -1740,9 +1601,7 @@ def test_micro_batches_change_nothing_but_rounding(small):
     for size in (4, 1):
         small(f"--micro-batch-size={size}", "--model=moe-tiny", "--eval-tokens=112", f"--out-dir=size{size}")
     for a, b in zip(rows_of(only_run("size4")), rows_of(only_run("size1"))):
-        assert {k: float(v) for k, v in a.items()} == pytest.approx(
-            {k: float(v) for k, v in b.items()}, rel=1e-4
-        )
+        assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, rel=1e-4)
 
 
 @pytest.mark.parametrize("clip", [0, 0.1, 100])
@@ -1786,25 +1645,15 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(small, monkeypatch
 
 def test_a_run_out_of_memory_is_told_in_one_line(small, monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", lambda *_: torch.empty(2**60))
-    assert (
-        small() == 1
-        and statuses() == {"standard": "failed"}
-        and len(capsys.readouterr().err.splitlines()) == 1
-    )
+    assert small() == 1 and statuses() == {"standard": "failed"} and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_run_ends_with_an_evaluation_and_a_checkpoint(small):
     assert small("--steps=7", "--checkpoint-every=0") == 0
-    assert [row["step"] for row in rows_of(only_run())] == ["5", "7"] and checkpoint_of(only_run())["record"][
-        "step"
-    ] == 7
+    assert [row["step"] for row in rows_of(only_run())] == ["5", "7"] and checkpoint_of(only_run())["record"]["step"] == 7
     folder = only_run()
-    (folder / "config.json").write_text(
-        json.dumps(config_of(folder) | {"status": "running"})
-    )  # killed after its last step
-    assert (
-        small("--steps=7", "--checkpoint-every=0", "--resume") == 0 and config_of(folder)["status"] == "done"
-    )
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | {"status": "running"}))  # killed after its last step
+    assert small("--steps=7", "--checkpoint-every=0", "--resume") == 0 and config_of(folder)["status"] == "done"
 
 
 def test_nothing_of_an_overwritten_run_can_come_back(small, monkeypatch):
@@ -1831,9 +1680,7 @@ def test_a_sweep_is_a_process_a_run(small, data_folder, capfd):
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("tiny-")]
     last = {line.split("-")[1]: line for line in lines}
     assert code == 1 and "done already" in last["hg"] and "no checkpoint of this run" in last["ap"]
-    assert (
-        "killed by signal 9" in last["none"] and "--resume" in last["none"] and "val loss" in last["standard"]
-    )
+    assert "killed by signal 9" in last["none"] and "--resume" in last["none"] and "val loss" in last["standard"]
     assert statuses() == {"hg": "done", "none": "running", "ap": "failed", "standard": "done"}
     assert small("--norm-scale", "none", "hg", "--resume") == 0 and statuses()["none"] == "done"
 
@@ -1842,9 +1689,7 @@ def small_name(data_folder, label):
     args = vars(train.command_line().parse_args([*SMALL, f"--data={data_folder}", f"--norm-scale={label}"]))
     given = args | {name: values[0] for name, values in args.items() if isinstance(values, list)}
     data = prepare_data.TokenFolder(data_folder)
-    return train.folder_name(
-        *train.resolve(given, train.Machine("cpu"), data.vocab_size, len(data.val)), data.sha256
-    )
+    return train.folder_name(*train.resolve(given, train.Machine("cpu"), data.vocab_size, len(data.val)), data.sha256)
 
 
 def kill_when_it_trains(name):
@@ -1860,20 +1705,9 @@ def kill_when_it_trains(name):
 
 
 def test_a_sweep_that_is_stopped_saves_what_is_under_way(data_folder, tmp_path):
-    flags = [
-        *SMALL,
-        f"--data={data_folder}",
-        "--out-dir=runs",
-        "--norm-scale",
-        "none",
-        "hg",
-        "ap",
-        "--steps=100000",
-    ]
+    flags = [*SMALL, f"--data={data_folder}", "--out-dir=runs", "--norm-scale", "none", "hg", "ap", "--steps=100000"]
     command = [sys.executable, HERE / "train.py", *flags, "--jobs=2"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if ": step 5: " in line and "hg" in line:
             break
@@ -1884,16 +1718,10 @@ def test_a_sweep_that_is_stopped_saves_what_is_under_way(data_folder, tmp_path):
 
 
 def test_a_closed_pipe_is_a_request_to_stop(data_folder, tmp_path):
-    command = shlex_join(
-        [sys.executable, HERE / "train.py", *SMALL, f"--data={data_folder}", "--steps=100000"]
-    )
+    command = shlex_join([sys.executable, HERE / "train.py", *SMALL, f"--data={data_folder}", "--steps=100000"])
     shell = f"set -o pipefail; {command} | head -n 12"
     result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (
-        result.returncode == 141
-        and result.stderr == ""
-        and statuses(tmp_path / "runs") == {"standard": "interrupted"}
-    )
+    assert result.returncode == 141 and result.stderr == "" and statuses(tmp_path / "runs") == {"standard": "interrupted"}
 
 
 def shlex_join(words):
@@ -1908,9 +1736,7 @@ def test_without_standard_output(data_folder, tmp_path):
 
 def test_in_a_thread_as_in_a_notebook(small):
     codes = []
-    thread = threading.Thread(
-        target=lambda: codes.extend([small("--steps=5"), small("--norm-scale", "none", "hg", "--steps=5")])
-    )
+    thread = threading.Thread(target=lambda: codes.extend([small("--steps=5"), small("--norm-scale", "none", "hg", "--steps=5")]))
     thread.start()
     thread.join()
     assert codes == [0, 0] and set(statuses().values()) == {"done"}
@@ -1941,9 +1767,7 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkey
 
 def test_two_texts_in_folders_of_one_name_are_two_runs(small, data_folder, tmp_path):
     (tmp_path / "other.txt").write_text("some other words and more of them\n\n" * 400)
-    other = prepare_data.prepare(
-        inputs=[tmp_path / "other.txt"], out_dir=tmp_path / "x", name=data_folder.name, vocab_size=257
-    )
+    other = prepare_data.prepare(inputs=[tmp_path / "other.txt"], out_dir=tmp_path / "x", name=data_folder.name, vocab_size=257)
     assert small("--steps=5") == small("--steps=5", f"--data={other}") == 0
     assert len(list(Path("runs").iterdir())) == 2
 
@@ -1955,27 +1779,17 @@ def test_folder_names_and_commands():
         return train.folder_name(*train.resolve(given, train.Machine("cpu")), {"train.bin": "0123456789"})
 
     plain = "tiny-standard-adamw-cosine-lr0.004-seed0"
-    assert (
-        named()
-        == named("--d-model=64", "--data=data/../data/sotu", "--compile=off", "--checkpoint-every=3")
-        == plain
-    )
-    assert (
-        named("--tokens=10240") == plain + "-steps10" and named("--data=x/a b") == plain + "-dataa_b_012345"
-    )
+    assert named() == named("--d-model=64", "--data=data/../data/sotu", "--compile=off", "--checkpoint-every=3") == plain
+    assert named("--tokens=10240") == plain + "-steps10" and named("--data=x/a b") == plain + "-dataa_b_012345"
     assert named("--lr=0.0045") == plain.replace("0.004", "0.0045")
-    assert (
-        named("--steps=6000", "--d-ff=+8") == plain + "-steps6000-d_ff178"
-    )  # the warm-up follows from the steps
+    assert named("--steps=6000", "--d-ff=+8") == plain + "-steps6000-d_ff178"  # the warm-up follows from the steps
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--model=llama-1b", "--norm-scale", "standard", "unified"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "1,028,065,024 parameters" in out and "Output-Norm scale vectors" in out and "weight decay 0" in out
-    )
+    assert "1,028,065,024 parameters" in out and "Output-Norm scale vectors" in out and "weight decay 0" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1988,9 +1802,7 @@ def test_benchmark_leaves_its_table(small):
     speed, rate = float(rows[1]["ms_per_step"]), float(rows[1]["tokens_per_second"])
     assert float(rows[1]["ratio"]) == pytest.approx(speed / float(rows[0]["ms_per_step"]), rel=1e-3)
     flops = count(Config(16, 2, 2, 42, 300, 16, NormScale.parse("unified"))).flops_per_token
-    assert rate == pytest.approx(64_000 / speed, rel=1e-3) and float(rows[1]["tflops"]) == pytest.approx(
-        rate * flops / 1e12, abs=1e-4
-    )
+    assert rate == pytest.approx(64_000 / speed, rel=1e-3) and float(rows[1]["tflops"]) == pytest.approx(rate * flops / 1e12, abs=1e-4)
     assert os.listdir("bench here") == ["benchmark.csv"]
 
 
@@ -2002,48 +1814,27 @@ def test_torch_compile_gives_the_same_losses(small):
         assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "gpu, triton, experts, expected", [(0, 1, 0, "off"), (1, 1, 0, "on"), (1, 0, 0, "off"), (1, 1, 8, "off")]
-)
+@pytest.mark.parametrize("gpu, triton, experts, expected", [(0, 1, 0, "off"), (1, 1, 0, "on"), (1, 0, 0, "off"), (1, 1, 8, "off")])
 def test_compile_where_it_works(monkeypatch, gpu, triton, experts, expected):
     monkeypatch.setattr(train, "has_triton", lambda: triton)
-    assert (
-        train.default_compile(SimpleNamespace(device="cuda" if gpu else "cpu", n_expert=experts)) == expected
-    )
+    assert train.default_compile(SimpleNamespace(device="cuda" if gpu else "cpu", n_expert=experts)) == expected
 
 
 def test_two_processes_give_the_losses_of_one(small, data_folder):
-    flags = [
-        "--model=moe-tiny",
-        "--norm-scale=unified",
-        "--micro-batch-size=1",
-        "--eval-tokens=16",
-    ]  # one window for two
+    flags = ["--model=moe-tiny", "--norm-scale=unified", "--micro-batch-size=1", "--eval-tokens=16"]  # one window for two
     small("--out-dir=one", *flags)
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        HERE / "train.py",
-    ]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "train.py"]
 
     def torchrun(*more):
         command = [*start, *SMALL, f"--data={data_folder}", "--out-dir=two", *flags, *more]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-        )
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
     assert (result := torchrun()).returncode == 0, result.stderr
     for a, b in zip(rows_of(only_run("one")), rows_of(only_run("two")), strict=True):
         for key, tolerance in (("train_loss", 1e-5), ("val_loss", 1e-5), ("grad_norm", 1e-4)):
             assert float(a[key]) == pytest.approx(float(b[key]), abs=tolerance)
     assert "torchrun --standalone --nproc-per-node=2 train.py" in config_of(only_run("two"))["command"]
-    for more, words in (
-        (["--batch-size=3"], "do not split over 2"),
-        (["--seed", "0", "1"], "one run at a time"),
-    ):
+    for more, words in (["--batch-size=3"], "do not split over 2"), (["--seed", "0", "1"], "one run at a time"):
         assert (bad := torchrun(*more)).returncode != 0 and words in bad.stderr
 
 
@@ -2157,22 +1948,10 @@ def in_config(**values):
         (lambda folder: os.truncate(folder / "checkpoint.pt", 3000), ["no checkpoint of this run"]),
         (lambda folder: os.truncate(folder / "checkpoint.pt", 0), ["no checkpoint of this run"]),
         (lambda folder: (folder / "checkpoint.pt").write_text("hello"), ["no checkpoint of this run"]),
-        (
-            lambda folder: torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt"),
-            ["no checkpoint of this run"],
-        ),
-        (
-            lambda folder: torch.save({"model": Payload()}, folder / "checkpoint.pt"),
-            ["no checkpoint of this run"],
-        ),
-        (
-            lambda folder: rewrite(folder, lambda saved: saved["model"].pop("embedding")),
-            ["no checkpoint", "--overwrite"],
-        ),
-        (
-            lambda folder: rewrite(folder, lambda saved: saved["optimizers"].pop()),
-            ["no checkpoint", "--overwrite"],
-        ),
+        (lambda folder: torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt"), ["no checkpoint of this run"]),
+        (lambda folder: torch.save({"model": Payload()}, folder / "checkpoint.pt"), ["no checkpoint of this run"]),
+        (lambda folder: rewrite(folder, lambda saved: saved["model"].pop("embedding")), ["no checkpoint", "--overwrite"]),
+        (lambda folder: rewrite(folder, lambda saved: saved["optimizers"].pop()), ["no checkpoint", "--overwrite"]),
     ],
 )
 def test_mistakes_in_a_run_that_goes_on(small, capsys, spoil, words):
@@ -2204,12 +1983,7 @@ def test_a_disk_that_fills_up_within_a_checkpoint(small, capsys):
         told_in_one_line(capsys, small, "too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name for path in only_run().iterdir()} == {
-        ".lock",
-        "config.json",
-        "metrics.csv",
-        "scales.csv",
-    }
+    assert {path.name for path in only_run().iterdir()} == {".lock", "config.json", "metrics.csv", "scales.csv"}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2222,15 +1996,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(request, small
         pytest.skip("runs with -m kill")
     steps = ["--steps=3000", "--eval-every=9", "--eval-tokens=100", "--checkpoint-every=2"]
     small("--out-dir=whole", *steps)
-    command = [
-        sys.executable,
-        HERE / "train.py",
-        *SMALL,
-        f"--data={data_folder}",
-        "--out-dir=cut",
-        "--resume",
-        *steps,
-    ]
+    command = [sys.executable, HERE / "train.py", *SMALL, f"--data={data_folder}", "--out-dir=cut", "--resume", *steps]
     rng, killed = random.Random(0), 0
     for _ in range(20):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -2240,19 +2006,11 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(request, small
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
         killed += process.wait() == -signal.SIGKILL
-        lines = (
-            [row["step"] for row in rows_of(only_run("cut"))]
-            if list(Path("cut").glob("*/metrics.csv"))
-            else []
-        )
+        lines = [row["step"] for row in rows_of(only_run("cut"))] if list(Path("cut").glob("*/metrics.csv")) else []
         assert len(lines) == len(set(lines))
     assert killed >= 15
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert rows_of(only_run("cut")) == rows_of(only_run("whole")) and same_weights(
-        only_run("cut"), only_run("whole")
-    )
-
-
+    assert rows_of(only_run("cut")) == rows_of(only_run("whole")) and same_weights(only_run("cut"), only_run("whole"))
 # ---------------------------------------------------------------------------------------------------
 # Pictures and the table
 # (imports: itertools, json, os, re, subprocess, sys, warnings; partial, numpy as np, pytest, torch, plot; HERE)
@@ -2303,9 +2061,7 @@ def test_table_pairs_by_seed_and_counts_only_what_finished(tmp_path, capsys):
         torn.write_text(torn.read_text() + "30,30000,,,,1,,,1", encoding="utf-8")  # cut off: no line
         write_run(tmp_path, "hg", seed, losses=(7.6, 4.0, loss - 0.03))
     write_run(tmp_path, "unified", 3, losses=(7.6, 1.0), steps=20, status="running")
-    write_run(
-        tmp_path, "unified", 4, losses=(7.6, 1.0), steps=20
-    )  # done, it says, but one evaluation is missing
+    write_run(tmp_path, "unified", 4, losses=(7.6, 1.0), steps=20)  # done, it says, but one evaluation is missing
     write_run(tmp_path, "none", 0, losses=(7.6, 4.1, 4.0))
     write_run(tmp_path, "none", 1, losses=(7.6, "nan"), steps=20, status="diverged", reason="not\nfinite")
     write_run(tmp_path, "ap", 0, losses=(7.6, 4.0, "inf"))  # done, it says
@@ -2321,11 +2077,7 @@ def test_table_pairs_by_seed_and_counts_only_what_finished(tmp_path, capsys):
     assert table["none"][:4] == ["0.004", "1 of 2", "4.0000", "+0.1000 ± -"]
     assert table["ap"][:3] == ["0.004", "0 of 3", "inf"]
     reasons = {re.sub(r".*?: .*(run\d+) \(", r"\1 (", line) for line in left_out}
-    assert len(left_out) == 6 and {line.split(":")[0] for line in left_out} == {
-        "unfinished",
-        "diverged",
-        "failed",
-    }
+    assert len(left_out) == 6 and {line.split(":")[0] for line in left_out} == {"unfinished", "diverged", "failed"}
     assert {"run13 (step 10 of 20): not finite", "run16 (step 0 of 20): no memory"} < reasons
 
 
@@ -2335,9 +2087,7 @@ def test_each_variant_at_one_common_and_at_its_own_best_lr(tmp_path, capsys):
         for lr, loss in rates.items():
             for seed in range(2 if lr == 0.004 else 1):
                 write_run(tmp_path, norm_scale, seed, lr, (7.6, 4.0, loss))
-    write_run(
-        tmp_path, "none", 1, 0.008, (7.6, "inf"), steps=20, status="diverged"
-    )  # so 0.008 is not none's best
+    write_run(tmp_path, "none", 1, 0.008, (7.6, "inf"), steps=20, status="diverged")  # so 0.008 is not none's best
     common, best = [row for row in plotted(capsys, tmp_path) if row[0] == "none"]
     assert common[1:5] == ["0.004", "2 of 2", "4.0000", "+0.1000 ± 0.0000 *"]
     assert best[1:5] == ["0.004", "2 of 2", "4.0000", "+0.2000 ± -"]  # standard at its best, 0.002
@@ -2456,9 +2206,7 @@ def test_picture_is_saved_wherever_the_words_go(command, tmp_path):
 
 def test_import_leaves_the_backend_alone():
     code = "import matplotlib, sys; matplotlib.use('svg'); import plot; "
-    code += (
-        "assert matplotlib.get_backend() == 'svg' and not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
-    )
+    code += "assert matplotlib.get_backend() == 'svg' and not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
@@ -2525,9 +2273,7 @@ def test_theory_needs_no_run(tmp_path, monkeypatch):
 
 
 def spoil_record(name, old, new):
-    return lambda folder: (folder / name).write_text(
-        (folder / name).read_text().replace(old, new), encoding="utf-8"
-    )
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
