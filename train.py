@@ -371,11 +371,11 @@ def load(folder):
 # Settings: each is declared once, and all that depends on them follows from here
 
 
-def setting(kind, what, default=None, another_run=True, several=False):
+def setting(kind, what, default=None, several=False, detail=False):
     """A field of Settings. kind: an argparse type, a list of choices, or None for what has no flag. default: a value,
-    or a function of the settings above it; a preset's value comes before it. another_run: whether a run with another
-    value is another run, with a folder of its own."""
-    about = dict(kind=kind, what=what, default=default, another_run=another_run, several=several)
+    a function of the settings above it, or None for the preset's. several: the flag takes several values, for as
+    many runs. detail: another value makes no other run, as its losses are the same up to rounding."""
+    about = dict(kind=kind, what=what, default=default, several=several, detail=detail)
     return dataclasses.field(metadata=about)
 
 
@@ -406,16 +406,10 @@ def variant(text):
 
 
 def width(text):
-    """An argparse type: a width, or +n for n more than the default, which is then a function of the settings."""
+    """An argparse type: a width, or as text +n for n more than the default."""
     if not re.fullmatch(r"\+?\d{1,7}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a width, 1 to 9,999,999, nor +n for n more")
-    return (lambda s: paper_d_ff(s.d_model) + int(text)) if text.startswith("+") else int(text)
-
-
-def steps_for(text):
-    """An argparse type: as many steps as see this many tokens."""
-    tokens = whole(1, 10**15)(text)
-    return lambda s: math.ceil(tokens / (s.batch_size * s.seq_len))
+    return text if text.startswith("+") else int(text)
 
 
 def default_lr(s):
@@ -424,12 +418,16 @@ def default_lr(s):
     return s.preset.get(name, s.preset["lr"])
 
 
+def default_dtype(s):
+    return "bfloat16" if s.machine.has_bfloat16 else "float32"
+
+
 def default_compile(s):
     """On a GPU with Triton, which Windows does not have. The loop over experts is not for the compiler."""
     return "on" if s.device == "cuda" and has_triton() and not s.n_expert else "off"
 
 
-def default_micro_batch_size(s):
+def default_micro_batch(s):
     """The largest part of a process's share of the batch that fits into the preset's tokens at once."""
     share, limit = s.batch_size // s.machine.processes, s.preset.get("tokens_at_once", math.inf) / s.seq_len
     return next((m for m in range(share, 0, -1) if share % m == 0 and m <= limit), 1)
@@ -463,26 +461,12 @@ class Settings:
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
     eval_every: int = setting(whole(1), "steps from one evaluation to the next")
     eval_tokens: int = setting(whole(1, 10**12), "evaluate on this many of the first tokens of val.bin")
-    dtype: str = setting(
-        ["auto", "float32", "bfloat16"],
-        "of products",
-        lambda s: "bfloat16" if s.machine.has_bfloat16 else "float32",
-    )
-    # The rest makes no other run: its losses are the same up to rounding.
-    device: str = setting(
-        ["auto", "cpu", "cuda", "mps"],
-        "auto: cuda where there is one",
-        lambda s: s.machine.best,
-        another_run=False,
-    )
-    compile: str = setting(
-        ["auto", "on", "off"], "torch.compile; auto: on a GPU", default_compile, another_run=False
-    )
-    micro_batch_size: int = setting(
-        whole(1, 2**20), "sequences at once on a process", default_micro_batch_size, another_run=False
-    )
+    dtype: str = setting(["auto", "float32", "bfloat16"], "of products", default_dtype)
+    device: str = setting(["auto", "cpu", "cuda", "mps"], "GPU or not", lambda s: s.machine.best, detail=True)
+    compile: str = setting(["auto", "on", "off"], "torch.compile", default_compile, detail=True)
+    micro_batch_size: int = setting(whole(1), "sequences at once", default_micro_batch, detail=True)
     checkpoint_every: int = setting(
-        whole(0), "steps; 0: at the end or when stopped", lambda s: s.eval_every, another_run=False
+        whole(0), "steps; 0: only at the end", lambda s: s.eval_every, detail=True
     )
 
 
@@ -498,7 +482,10 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
     for name, field in FIELDS.items():
         default, value = preset[name] if field["default"] is None else field["default"], given.get(name)
         default = default(s) if callable(default) else default
-        value = value(s) if callable(value) else value
+        if name == "steps" and given.get("tokens"):
+            value = math.ceil(given["tokens"] / (s.batch_size * s.seq_len))
+        if name == "d_ff" and isinstance(value, str):  # +n
+            value = default + int(value)
         if value is None or value == "auto":
             value = default
         elif value != default:
@@ -522,14 +509,14 @@ def folder_name(settings, changed, data_sha256):
     for name, value in changed.items():
         if name == "data":  # two texts can have folders of one name
             value = re.sub(r"[^\w.+]+", "_", Path(value).name) + "_" + data_sha256["train.bin"][:6]
-        if FIELDS[name]["another_run"] and name not in IN_EVERY_NAME:
+        if not FIELDS[name]["detail"] and name not in IN_EVERY_NAME:
             parts.append(f"{name}{value}")
     return "-".join(parts)
 
 
 def command_line():
     parser = CommandLine(
-        prog="train.py", description="Trains a small Llama with the scale vectors of --norm-scale."
+        prog="train.py", description="Trains a Llama with the scale vectors of --norm-scale."
     )
     length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
     for name, field in FIELDS.items():
@@ -537,13 +524,14 @@ def command_line():
             how = {"choices": field["kind"]} if isinstance(field["kind"], list) else {"type": field["kind"]}
             if field["several"]:
                 how |= {"nargs": "+", "metavar": "VALUE"}
-            default = field["default"] if isinstance(field["default"], (str, int, float)) else "the preset's"
-            text = f"{field['what']} (default: {default})".replace("%", "%%")
+            plain = isinstance(field["default"], (str, int, float))
+            default = (
+                field["default"] if plain else "auto" if "auto" in how.get("choices", []) else "the preset's"
+            )
             group = length if name == "steps" else parser
-            group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
-    length.add_argument(
-        "--tokens", dest="steps", type=steps_for, help="as many steps as see this many tokens"
-    )
+            flag, text = f"--{name.replace('_', '-')}", f"{field['what']} (default: {default})"
+            group.add_argument(flag, help=text, **how)
+    length.add_argument("--tokens", type=whole(1, 10**15), help="as many steps as see this many tokens")
     parser.add_argument("--out-dir", default="runs", help="where the run folders are (default: runs)")
     jobs = "of several runs, how many at once (default: as many as there are cores; on a GPU one)"
     parser.add_argument("--jobs", type=whole(1, 1024), help=jobs)
@@ -552,9 +540,7 @@ def command_line():
     again.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
     dry_run = "print parameters and optimiser groups; needs no data, allocates nothing"
     instead.add_argument("--dry-run", action="store_true", help=dry_run)
-    instead.add_argument(
-        "--benchmark", action="store_true", help="time the variants in turn instead of training them"
-    )
+    instead.add_argument("--benchmark", action="store_true", help="time the variants in turn, train none")
     return parser
 
 
@@ -609,9 +595,6 @@ class Machine:
             for tensor in tensors:
                 dist.all_reduce(tensor)
                 tensor /= self.processes
-
-    def wait(self):
-        self.sum([0])
 
     def peak_memory_mb(self):
         """The GPU's peak, or that of the process; "" where it is not known, as on Windows."""
@@ -714,7 +697,7 @@ def run(plan, data, machine, resume):
         say(describe(settings))
         if not resume:
             folder.clear()
-        machine.wait()
+        machine.sum([0])  # all are here
         config = what_made_it(plan, data, machine)
         folder.write_config(config, "running")
         try:
@@ -763,10 +746,8 @@ def summary(record, settings, data, folder):
     val_loss = record.metrics[-1]["val_loss"]
     scored = data.val[1 : settings.eval_tokens + 1]
     bits = val_loss * len(scored) / math.log(2) / data.token_bytes[scored].sum()
-    loss = (
-        f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte, {record.seconds:,.0f} s of training"
-    )
-    return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}"
+    loss = f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte"
+    return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}, {record.seconds:,.0f} s of training"
 
 
 def describe(settings):
@@ -775,25 +756,20 @@ def describe(settings):
     counts = count(config)
     with torch.device("meta"):
         optimizers = make_optimizers(Transformer(config), settings)
-    activated = (
-        f"{counts.activated_parameters:,} activated, "
-        if counts.activated_parameters != counts.parameters
-        else ""
+    share = counts.scale_parameters / counts.parameters
+    lines = ["", f"--norm-scale={settings.norm_scale}"]
+    lines += [f"  {line}" for line in config.norm_scale.describe()]
+    lines.append(
+        f"{settings.model}: {counts.parameters:,} parameters, {counts.activated_parameters:,} for a token"
     )
-    share = f"{counts.scale_parameters:,} of them in scale vectors ({counts.scale_parameters / counts.parameters:.3g})"
-    lines = [
-        "",
-        f"--norm-scale={settings.norm_scale}",
-        *(f"  {line}" for line in config.norm_scale.describe()),
-    ]
-    lines.append(f"{settings.model}: {counts.parameters:,} parameters, {activated}{share}")
+    lines.append(f"  {counts.scale_parameters:,} of them in scale vectors ({share:.3g})")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             size = sum(p.numel() for p in group["params"])
-            what = (
-                f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} with {size:,} entries"
+            lines.append(
+                f"  {type(optimizer).__name__}, {group['name']}: {len(group['params'])} of {size:,} entries"
             )
-            lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
+            lines[-1] += f", weight decay {group['weight_decay']:g}"
     tokens = settings.steps * settings.batch_size * settings.seq_len
     each = f"{tokens:,}, {tokens / counts.activated_parameters:.1f} a parameter"
     lines.append(f"{settings.steps:,} steps of {settings.batch_size} x {settings.seq_len} tokens: {each}")
@@ -850,9 +826,7 @@ class Sweep:
             codes = [pool.submit(self.run_one, plan) for plan in self.plans]
             while wait(codes, timeout=0.2).not_done and not STOP.requested:
                 pass
-            if (
-                STOP.requested and os.name == "posix"
-            ):  # on Windows Ctrl-C reaches them, and this would kill them
+            if STOP.requested and os.name == "posix":  # on Windows Ctrl-C reaches them by itself
                 for process in list(self.processes.values()):
                     process.terminate()  # they save, and end
         if STOP.requested:
@@ -933,12 +907,9 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
         ms, ratio = median(taken), median(taken) / median(milliseconds[0])
         rate = 1000 * plan.settings.batch_size * plan.settings.seq_len / ms
         tflops = rate * count(make_config(plan.settings)).flops_per_token / 1e12
-        row = {
-            "norm_scale": plan.settings.norm_scale,
-            "ms_per_step": f"{ms:.3f}",
-            "tokens_per_second": f"{rate:.0f}",
-        }
-        rows.append(row | {"tflops": f"{tflops:.4f}", "peak_memory_mb": memory, "ratio": f"{ratio:.4f}"})
+        row = {"norm_scale": plan.settings.norm_scale, "ms_per_step": f"{ms:.3f}"}
+        row |= {"tokens_per_second": f"{rate:.0f}", "tflops": f"{tflops:.4f}"}
+        rows.append(row | {"peak_memory_mb": memory, "ratio": f"{ratio:.4f}"})
         say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
         for card, most in PEAK_TFLOPS.items():
             if card in machine.name:
@@ -946,7 +917,7 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write("benchmark.csv", as_csv(rows))
     say(
-        f"medians of {rounds * steps} steps, {plans[0].settings.model} on {machine.name}; {out_dir}/benchmark.csv"
+        f"medians of {rounds * steps} steps of {plans[0].settings.model} on {machine.name}: {out_dir}/benchmark.csv"
     )
 
 
@@ -964,42 +935,27 @@ def check(s, data, machine):
     head_dim, share = s.d_model // s.n_head, s.batch_size // machine.processes
     require(s.d_model % s.n_head == 0, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
     require(head_dim % 2 == 0, f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}")
-    require(
-        s.batch_size % machine.processes == 0,
-        f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes",
-    )
-    require(
-        share % s.micro_batch_size == 0,
-        f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences",
-    )
-    require(
-        s.dtype == "float32" or machine.has_bfloat16,
-        f"--dtype: bfloat16 needs a GPU that has it, not {s.device}",
-    )
+    split = f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes"
+    require(s.batch_size % machine.processes == 0, split)
+    micro = f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences"
+    require(share % s.micro_batch_size == 0, micro)
+    bfloat16 = f"--dtype: bfloat16 needs a GPU that has it, not {s.device}"
+    require(s.dtype == "float32" or machine.has_bfloat16, bfloat16)
     if s.compile == "on":
         require(not s.n_expert, "--compile: the loop over experts is not for torch.compile")
-        compilers = (os.environ.get("CXX", "c++"), "g++", "cl")
-        require(
-            machine.is_gpu or any(map(shutil.which, compilers)),
-            "--compile: on a CPU torch.compile needs a C++ compiler, and there is none",
-        )
-    require(
-        data.vocab_size <= s.vocab_size,
-        f"{data.folder} has {data.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}",
-    )
+        compiler = machine.is_gpu or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "cl")))
+        require(compiler, "--compile: on a CPU torch.compile needs a C++ compiler, and there is none")
+    tokens = f"{data.folder} has {data.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}"
+    require(data.vocab_size <= s.vocab_size, tokens)
     for name, tokens in ("train.bin", data.train), ("val.bin", data.val):
-        require(
-            len(tokens) > s.seq_len,
-            f"{data.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one",
-        )
+        few = f"{data.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
+        require(len(tokens) > s.seq_len, few)
     # Held at the least: weights, gradients and moments; logits and their gradient; what each layer saves.
     tokens, size = s.micro_batch_size * s.seq_len, 2 if s.dtype == "bfloat16" else 4
     need = 16 * count(make_config(s)).parameters + 8 * tokens * s.vocab_size
     need += size * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
-    have = machine.memory()
-    require(
-        need <= have, f"this needs {need / 2**30:,.0f} GiB or more, the {s.device} has {have / 2**30:,.0f}"
-    )
+    have, gib = machine.memory(), 2**30
+    require(need <= have, f"this needs {need / gib:,.0f} GiB or more, the {s.device} has {have / gib:,.0f}")
 
 
 def reason_to_pass_over(plan, data, args):
@@ -1010,33 +966,31 @@ def reason_to_pass_over(plan, data, args):
     require(args.resume, f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
     for name, field in FIELDS.items():
         here, there = getattr(plan.settings, name), config.get(name)
-        same = here == there or name == "data" or not field["another_run"]
-        require(
-            same,
-            f"{path} is of another run: {name} is {there} there and {here} here; --overwrite starts anew",
-        )
+        same = here == there or name == "data" or field["detail"]
+        other = f"{path} is of another run: {name} is {there} there and {here} here"
+        require(same, f"{other}; --overwrite starts anew")
     same_data = config.get("data_sha256") == data.sha256
     require(same_data, f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
-    return {"done": "done already", "diverged": config.get("reason")}.get(config.get("status"))
+    if config.get("status") == "done":
+        return "done already"
+    return config.get("reason") if config.get("status") == "diverged" else None
 
 
 def plans_of(args, data, machine):
     """A Plan for every combination of values."""
     several = [name for name, field in FIELDS.items() if field["several"]]
-    about = (data.vocab_size, len(data.val), data.sha256) if data else (2048, math.inf, {"train.bin": "?"})
+    vocab_size, val_tokens, sha256 = 2048, math.inf, {"train.bin": ""}
+    if data:
+        vocab_size, val_tokens, sha256 = data.vocab_size, len(data.val), data.sha256
     plans = []
     for values in itertools.product(*(dict.fromkeys(getattr(args, name) or [None]) for name in several)):
-        settings, changed = resolve(vars(args) | dict(zip(several, values)), machine, *about[:2])
+        settings, changed = resolve(vars(args) | dict(zip(several, values)), machine, vocab_size, val_tokens)
         named = {name: getattr(settings, name) for name in IN_EVERY_NAME} | changed
-        named |= {"out_dir": args.out_dir} if args.out_dir != "runs" else {}
+        if args.out_dir != "runs":
+            named["out_dir"] = args.out_dir
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
-        plans.append(
-            Plan(
-                settings,
-                RunFolder(Path(args.out_dir, folder_name(settings, changed, about[2])), machine),
-                flags,
-            )
-        )
+        folder = RunFolder(Path(args.out_dir, folder_name(settings, changed, sha256)), machine)
+        plans.append(Plan(settings, folder, flags))
     require(len({plan.name for plan in plans}) == len(plans), "--lr: two of these runs would share a folder")
     return plans
 
@@ -1046,16 +1000,17 @@ def execute(args):
     machine = Machine(args.device or "auto")
     if machine.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first process speaks for all
-    path = Path(args.data or FIELDS["data"]["default"])
+    built_in = FIELDS["data"]["default"]
+    path = Path(args.data or built_in)
     prepared = (path / "meta.json").exists()
     if args.dry_run:
         for plan in plans_of(args, TokenFolder(path) if prepared else None, machine):
             say(describe(plan.settings))
         return 0
-    if not prepared and not args.data and machine.rank == 0:
+    if not prepared and path == Path(built_in) and machine.rank == 0:
         say(f"preparing the built-in text in {path}")
         prepare_data.prepare("sotu", out_dir=path.parent)
-    machine.wait()
+    machine.sum([0])  # it is there for all
     data = TokenFolder(path)
     plans = plans_of(args, data, machine)
     for plan in plans:
@@ -1067,14 +1022,15 @@ def execute(args):
     require(len(plans) == 1 or machine.processes == 1, one_run)
 
     code, todo = 0, []
-    for plan, reason in [(plan, reason_to_pass_over(plan, data, args)) for plan in plans]:
+    reasons = [reason_to_pass_over(plan, data, args) for plan in plans]  # of all, before one starts
+    for plan, reason in zip(plans, reasons):
         if reason:
             say(f"{plan.name}: {reason}")
             code = code if reason == "done already" else 1
-            continue
-        todo.append(plan)
-        if args.resume and not (plan.folder.path / "checkpoint.pt").exists():
-            say(f"{plan.name}: no checkpoint to go on from, starts at step 0")
+        else:
+            todo.append(plan)
+            if args.resume and not (plan.folder.path / "checkpoint.pt").exists():
+                say(f"{plan.name}: no checkpoint to go on from, starts at step 0")
     if len(plans) == 1 and todo:
         return run(plans[0], data, machine, args.resume)
     if todo:
