@@ -5,8 +5,11 @@
     python train.py --model=llama-1b --norm-scale=unified --dry-run   # what it would be, without a run
     torchrun --standalone --nproc-per-node=2 train.py ...             # the same batch over two processes
 
-Read it from the top: a batch, the optimisers, the learning rate, the loop; then evaluation, the folder
-that a run leaves (config.json, metrics.csv, scales.csv, checkpoint.pt), the settings, the command.
+Read it from the top: a batch, the optimisers, the learning rate, the loop, evaluation. That is all of
+training; the rest keeps the folder that a run leaves (config.json, metrics.csv, scales.csv, checkpoint.pt),
+declares the settings, and carries out the command. In the loop, `machine` is the device and this process's
+place among several, `folder` the run's folder.
+
 Randomness has an address: weights follow from the seed, a batch from (seed, step), an evaluation window
 from its index. So variants of one seed start from the same matrices and see the same batches, evaluating
 more often changes nothing, and a run that was cut off goes on as if it had not been.
@@ -260,6 +263,8 @@ def scale_rows(model, step, load):
 
 
 # ---------------------------------------------------------------------------------------------------
+# A first reading can end here.
+#
 # The run folder: nothing in it is ever half a file under a whole file's name
 
 
@@ -815,7 +820,7 @@ class Sweep:
 
     def __init__(self, plans, jobs, again):
         self.plans, self.jobs, self.again = plans, jobs, again
-        self.line, self.printing, self.began = StatusLine(), threading.Lock(), time.monotonic()
+        self.line, self.printing, self.began = StatusLine(), threading.Lock(), None
         self.processes = {}  # name -> process under way
         self.done = {plan.name: 0.0 for plan in plans}  # share of a run's steps
         self.last_words = {plan.name: "" for plan in plans}
@@ -867,6 +872,7 @@ class Sweep:
         if progress := PROGRESS.match(text):
             step, steps = (int(number.replace(",", "")) for number in progress.groups())
             self.done[name] = step / steps
+            self.began = self.began or time.monotonic()  # at the first step of all
             overall = fmean(self.done.values())
             left = (time.monotonic() - self.began) * (1 - overall) / overall
             finished = sum(share == 1 for share in self.done.values())
@@ -1041,6 +1047,7 @@ def execute(args):
 
 
 def main(argv=None):
+    STOP.signum = 0
     prepare_data.use_any_terminal()
     parser = command_line()
     args = parser.parse_args(argv)
