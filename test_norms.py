@@ -153,6 +153,30 @@ def slots(branch):
     return {name for name in ("v", "u", "norm") if getattr(branch, name) is not None}
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head_dim, qk_norm", [(None, False), (4, False), (4, True)])
+def test_outputs_and_gradients_equal_the_formula_on_activations(form, head_dim, qk_norm):
+    scale = NormScale.parse(form)
+    shared = shared_vector(12, scale)
+    branches = [Branch(12, 8, scale, shared, head_dim, qk_norm=qk_norm) for _ in range(3)]
+    branches = torch.nn.ModuleList(branches).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in branches.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) + (p.ndim == 1))
+    x = torch.randn(5, 12, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+
+    def results(outputs):
+        leaves = [x, *branches.parameters()]
+        return [*outputs, *torch.autograd.grad((torch.stack(outputs) * weights).sum(), leaves)]
+
+    ours = results([branch(normalize(x)) for branch in branches])
+    theirs = results([naive_branch(branch, rms_norm(x), form, head_dim) for branch in branches])
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     "form, expected, vectors",
     [  # what each row of Table 1 puts around a branch, and how many vectors three branches of a Norm have
@@ -424,6 +448,28 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_every_group_has_the_paper
     assert groups == [("matrices", 0.3), ("matrices", 0.3), *vectors]
 
 
+def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    W = torch.nn.Parameter(
+        torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
+    model = SimpleNamespace(blocks=torch.nn.ParameterList([W]), config=small_config("none"))
+    model.parameters, model.modules = model.blocks.parameters, model.blocks.modules
+    muon, _ = train.make_optimizers(model, settings("--optimizer=muon", "--lr=0.01"))
+    before, momentum = W.detach().clone(), 0
+    for seed in range(3):
+        W.grad = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        muon.step()
+        momentum = 0.95 * momentum + 0.05 * W.grad
+        X = 0.95 * momentum + 0.05 * W.grad  # Nesterov
+        X = X / X.norm()
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        before = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(10) * X
+    torch.testing.assert_close(W.detach(), before, rtol=1e-12, atol=1e-12)
+
+
 def test_learning_rate():
     for flags, step, lr in (
         ("--schedule=cosine --steps=100", 0, 1 / 10),  # the warm-up takes 10 steps
@@ -530,6 +576,15 @@ def test_theorem_2_2_input_scales_help():
     close(g**2 - U.square().sum(1), torch.ones_like(g))
 
 
+def test_theorem_2_2_each_column_has_its_preconditioner():
+    for seed in range(20):
+        module = branch("standard", seed)
+        U, g, _ = parts_of(module)
+        J = jacobian(module.effective_weight().T, module.parameters())  # columns of A one after the other
+        P = [g_j**2 * torch.eye(4) + torch.outer(u_j, u_j) for g_j, u_j in zip(g, U.T)]
+        close(J @ J.T, torch.block_diag(*P))
+
+
 CUBIC = {  # (variant, against): -3/2 times the coefficient of t^3 in the difference, from W and d_in
     ("standard", "none"): lambda W, d: W.norm(dim=0).pow(4).sum(),
     ("ap", "none"): lambda W, d: W.norm(dim=1).pow(4).sum(),
@@ -566,6 +621,16 @@ def test_theorem_3_1_dp_from_the_standard_start():
     assert (losses("dp", matching)[1:] < losses("standard", matching)[1:]).all()
 
 
+@pytest.mark.parametrize("form", norms.FORMS)
+def test_preconditioner_of_a_scale_vector(form):
+    for seed in range(20):
+        vector = ScaleVector(5, "Input-Norm", form).double()
+        for i, p in enumerate(vector.parameters()):
+            p.data = (1 + seed / 5) * draw(*p.shape, seed=10 * seed + i)  # alphas of any length
+        J = jacobian(vector(), vector.parameters())
+        torch.testing.assert_close(J @ J.T, P_of(vector), rtol=1e-10, atol=1e-10)
+
+
 def test_theorem_3_2_or_falls_faster_from_the_same_state():
     for seed in range(100):
         module = branch("or", seed)
@@ -592,6 +657,18 @@ def hessian_sizes(w, g, target):
     trace, cross = g**2 + w**2, 2 * w * g - target
     largest = (trace + ((g**2 - w**2).square() + 4 * cross**2).sqrt()) / 2
     return trace, largest, (g**4 + w**4 + 2 * cross**2).sqrt()
+
+
+def test_er_falls_faster_and_keeps_its_vector_above_1():
+    """Not in the paper: gamma_j = exp((||v_j||^2 + (1 - 1/d) ||V||_F^2) / 2) >= 1 along the flow from the standard
+    start, where P >= diag(gamma)^2 >= I, so that the loss falls at least as fast as the standard one's."""
+    _, V, gamma, _ = flow("er", TEACHER, parts_of, 1, 1000)
+    columns = V.square().sum(1)
+    close(gamma, torch.exp((columns + (1 - 1 / 3) * columns.sum(1, keepdim=True)) / 2))
+    for seed in range(200):
+        alpha = draw(3, seed=seed)
+        er = branch("er", seed, v_alpha=alpha, v_beta=alpha.mean(-1, keepdim=True) - alpha.min())
+        assert dissipation(er) >= dissipation(standard_twin(er))
 
 
 def test_theorem_2_3_hessian():
@@ -738,6 +815,15 @@ def test_logits_and_gradients_are_those_of_transformers(model):
     torch.testing.assert_close(*outputs, rtol=2e-5, atol=2e-5)
     gradients = (torch.autograd.grad((y * weights).mean(), list(built.parameters())) for y in outputs)
     torch.testing.assert_close(*gradients, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.peers
+def test_balance_loss_is_theirs_of_each_sequence_and_layer():
+    theirs = pytest.importorskip("transformers.models.qwen2_moe.modeling_qwen2_moe").load_balancing_loss_func
+    ffn, n = small_model("none", "moe-tiny").blocks[0].ffn, normalize(torch.randn(3, 17, 40))
+    torch.nn.init.normal_(ffn.router.W)
+    each = [theirs((ffn.router(sequence),), 8, 2) / 2 for sequence in n]
+    torch.testing.assert_close(ffn(n)[1], torch.stack(each).mean())
 
 
 @pytest.mark.peers
