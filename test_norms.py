@@ -453,7 +453,9 @@ def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):
     W = torch.nn.Parameter(
         torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     )
-    model = SimpleNamespace(blocks=torch.nn.ParameterList([W]), config=small_config("none"))
+    model = SimpleNamespace(
+        blocks=torch.nn.ParameterList([W]), config=SimpleNamespace(norm_scale=NormScale())
+    )
     model.parameters, model.modules = model.blocks.parameters, model.blocks.modules
     muon, _ = train.make_optimizers(model, settings("--optimizer=muon", "--lr=0.01"))
     before, momentum = W.detach().clone(), 0
@@ -581,7 +583,7 @@ def test_theorem_2_2_each_column_has_its_preconditioner():
         module = branch("standard", seed)
         U, g, _ = parts_of(module)
         J = jacobian(module.effective_weight().T, module.parameters())  # columns of A one after the other
-        P = [g_j**2 * torch.eye(4) + torch.outer(u_j, u_j) for g_j, u_j in zip(g, U.T)]
+        P = [g_j**2 * torch.eye(4).double() + torch.outer(u_j, u_j) for g_j, u_j in zip(g, U.T)]
         close(J @ J.T, torch.block_diag(*P))
 
 
