@@ -235,7 +235,7 @@ def test_norm_and_gamma_are_computed_in_float32():
 
 
 def test_norm_behind_a_branch_is_sound_in_bfloat16():
-    """mean((W n)^2) as n^T (W^T W / d_out) n would be -0.0078 here, where 3.8e-5 is true; all is exact in bfloat16."""
+    """mean((W n)^2) as n^T (W^T W / d_out) n would be -0.0078 here and not 3.8e-5; all is exact in bfloat16."""
     branch = Branch(2, 8, NormScale.parse("dnp"))
     branch.W.data = torch.tensor([[1, 1 + 2**-7]] * 5 + [[1.0, 1.0]] * 3)
     n = torch.tensor([[1.0, -1.0]])
@@ -662,8 +662,8 @@ def hessian_sizes(w, g, target):
 
 
 def test_er_falls_faster_and_keeps_its_vector_above_1():
-    """Not in the paper: gamma_j = exp((||v_j||^2 + (1 - 1/d) ||V||_F^2) / 2) >= 1 along the flow from the standard
-    start, where P >= diag(gamma)^2 >= I, so that the loss falls at least as fast as the standard one's."""
+    """Not in the paper: along the flow gamma_j = exp((||v_j||^2 + (1 - 1/d) ||V||_F^2) / 2) >= 1, and there
+    P >= diag(gamma)^2 >= I, so that the loss falls at least as fast as the standard one's."""
     _, V, gamma, _ = flow("er", TEACHER, parts_of, 1, 1000)
     columns = V.square().sum(1)
     close(gamma, torch.exp((columns + (1 - 1 / 3) * columns.sum(1, keepdim=True)) / 2))
@@ -837,6 +837,12 @@ def test_a_folded_model_is_a_stock_llama(variant):
     torch.testing.assert_close(peer(TOKENS).logits, built(TOKENS), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("variant, model", [("hg", "tiny"), ("none", "moe-tiny"), ("none", "gemma-tiny")])
+def test_what_is_no_stock_llama(variant, model):
+    with pytest.raises(ValueError, match="fold"):
+        llama_state_dict(small_model(variant, model))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("variant", ["none", "standard", "unified", "hg+dp+or"])
@@ -949,6 +955,31 @@ def test_blocks_do_not_change_the_tokens(tmp_path, monkeypatch, tokenizer):
 )
 def test_kinds_of_text(tmp_path, text):
     assert "".join(decoded(prepared(tmp_path, text))) == text.replace("\r\n", "\n")
+
+
+def test_links_are_written_through(tmp_path):
+    folder, far = prepared(tmp_path, BOOK), tmp_path / "far" / "disk"
+    far.mkdir(parents=True)
+    folder.rename(far / "real")
+    for name in ("real", "later"):  # a link to a folder, and one to where a folder may come
+        folder.unlink(missing_ok=True)
+        folder.symlink_to(far / name)
+        assert decoded(prepared(tmp_path, BOOK + name, "--overwrite")) == BOOK + name
+        assert folder.is_symlink() and os.listdir(folder.parent) == ["book"]
+    assert sorted(os.listdir(far)) == ["later", "real"]
+
+
+def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+    first = prepared(tmp_path, BOOK, "--name=first").with_name("first")
+    write_folder = prepare_data.write_folder
+
+    def overtaken(*args):
+        (shutil.copytree(first, first.with_name("book")) / "winner").touch()
+        return write_folder(*args)
+
+    monkeypatch.setattr(prepare_data, "write_folder", overtaken)
+    assert (prepared(tmp_path, BOOK) / "winner").exists()
+    assert sorted(os.listdir(first.parent)) == ["book", "first"]
 
 
 def test_a_failure_halfway_leaves_everything_as_it_was(tmp_path, monkeypatch, told_in_one_line):
@@ -1291,6 +1322,18 @@ def test_a_closed_pipe_is_a_request_to_stop_and_without_output_all_goes_on(comma
     assert (result.returncode, result.stderr, statuses()) == (code, "", {"standard": status})
 
 
+def test_a_signal_acts_at_once_the_second_time(small, monkeypatch):
+    monkeypatch.setattr(train, "batch", lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+    assert small() == 130 and statuses() == {"standard": "running"}
+
+
+@pytest.mark.parametrize("gpu, triton, experts, on", [(0, 1, 0, 0), (1, 1, 0, 1), (1, 0, 0, 0), (1, 1, 8, 0)])
+def test_compile_where_it_works(monkeypatch, gpu, triton, experts, on):
+    monkeypatch.setattr(train, "has_triton", lambda: triton)
+    settings = SimpleNamespace(device="cuda" if gpu else "cpu", n_expert=experts)
+    assert train.default_compile(settings) == ("on" if on else "off")
+
+
 def test_in_a_thread_as_in_a_notebook(small):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(small("--norm-scale", "none", "hg", "--steps=5")))
@@ -1601,6 +1644,28 @@ def test_limits_hold_the_ends_but_no_spike_and_bars_stand_apart(tmp_path):
     assert 100_000 < none.get_xdata()[0] < unified.get_xdata()[0]
     ends = bar.get_segments()[0][:, 1]  # differences 0.6, 0.601, 0.602
     np.testing.assert_allclose(ends, 0.601 + np.array([-1, 1]) * 4.3027 * 0.001 / 3**0.5, rtol=1e-6)
+
+
+def test_middle_layer_of_scales(tmp_path, capsys):
+    folder, rows = write_run(tmp_path), ["step,kind,name,min,mean,max,norm"]
+    for layer in range(4):
+        for branch in "qkv":
+            rows.append(f"0,weight,blocks.{layer}.attention.{branch}.W,,,,{layer}.5")
+            rows.append(f"0,scale,blocks.{layer}.attention.{branch}.norm.u,{layer},1,9,1")
+        rows.append(f"0,scale,blocks.{layer}.attention.v.v,0.5,1,{layer},1")
+    (folder / "scales.csv").write_text("\n".join([*rows, ""]), encoding="utf-8")
+    *norms_of, into, out_of = plot.read_scales(plot.read_run(folder)).values()
+    assert norms_of == [{0: [[2.5, 2.5, 2.5]]}] * 3
+    assert out_of == {0: [[2, 1, 9]] * 3} and into == {0: [[0.5, 1, 2]]}
+    assert plotted(capsys, tmp_path, "--kind=weights") == [[str(tmp_path / "picture.png")]]
+
+
+def test_import_leaves_the_backend_alone():
+    code = "import matplotlib, sys; matplotlib.use('svg'); import plot; "
+    code += (
+        "assert matplotlib.get_backend() == 'svg' and not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 def test_scaling_law_of_exact_losses(tmp_path, capsys):
