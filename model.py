@@ -5,7 +5,7 @@
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
 section 3. Two options make its other models: Gemma's extra norms, and a mixture of experts in place of
 each FFN. There is no branch on a scale-vector variant here: `Branch` takes care of that.
-Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k of them a token.
+Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k a token.
 """
 
 import math
@@ -22,7 +22,7 @@ from norms import Branch, NormScale, OutputNorm, ScaleVector, normalize, shared_
 
 
 def rotations(seq_len, head_dim, theta=10_000.0):
-    """cos and sin of RoPE's angles t theta^(-2i/h), for channels (2i, 2i+1): cos, cos and -sin, sin. (2, T, 1, h)."""
+    """cos and sin of RoPE's angles t theta^(-2i/h), as cos, cos and -sin, sin a pair: (2, T, 1, h)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
     cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
@@ -153,7 +153,7 @@ class Block(nn.Module):
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and of a mixture its balance loss and load (B, E), else None and None."""
+        """x (B, T, d) -> the next x, and of a mixture its balance loss and load (B, E), else twice None."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
         n, balance_loss, load = normalize(x), None, None
         if self.is_mixture:
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices ~ N(0, std^2), std 0.02 and, for projections onto the residual stream, 0.02 / sqrt(2 layers).
+        """Matrices ~ N(0, std^2), std 0.02, or onto the residual stream 0.02 / sqrt(2 layers).
 
         Scale vectors start at 1 and take no random number: with one seed every variant starts from the
         same matrices. Returns the model.
@@ -301,7 +301,7 @@ def count(config):
 
 
 def llama_state_dict(model):
-    """The weights of a folded dense model under the names and in the layout of transformers' LlamaForCausalLM.
+    """The weights of a folded dense model in names and layout of transformers' LlamaForCausalLM.
 
     Raises ValueError where the model still has a scale vector, experts, or Gemma's norms.
     """

@@ -311,7 +311,7 @@ class NormScale:
 #
 #     direct   P = I
 #     or       P = q q^T + (beta^2 d / ||alpha||^2) (I - q q^T / d),   q = Norm(alpha)      (Theorem 3.2)
-#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T             (not in the paper; at gamma = 1 it is OR's)
+#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T             (not in the paper; OR's at gamma = 1)
 
 
 def student(variant, teacher):
@@ -328,7 +328,7 @@ def population_loss(branch, teacher):
 
 
 def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
-    """dp/dt = -dL/dp for all parameters p of the module at once, by the classical Runge-Kutta method of order 4.
+    """dp/dt = -dL/dp for all parameters p of the module, by the classical Runge-Kutta method of order 4.
 
     loss(module) is a scalar. A generator: it yields t = 0, dt, ..., t_end with the module in its state at t.
     With noise q it is dp = -dL/dp dt + sqrt(q) dB, a Brownian motion for each parameter: half of a step's

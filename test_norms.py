@@ -235,7 +235,7 @@ def test_norm_and_gamma_are_computed_in_float32():
 
 
 def test_norm_behind_a_branch_is_sound_in_bfloat16():
-    """mean((W n)^2) as n^T (W^T W / d_out) n would be -0.0078 here and not 3.8e-5; all is exact in bfloat16."""
+    """mean((W n)^2) as n^T (W^T W / d_out) n would be -0.0078 here, not 3.8e-5. All is exact in bfloat16."""
     branch = Branch(2, 8, NormScale.parse("dnp"))
     branch.W.data = torch.tensor([[1, 1 + 2**-7]] * 5 + [[1.0, 1.0]] * 3)
     n = torch.tensor([[1.0, -1.0]])
@@ -964,7 +964,7 @@ def test_links_are_written_through(tmp_path):
     for name in ("real", "later"):  # a link to a folder, and one to where a folder may come
         folder.unlink(missing_ok=True)
         folder.symlink_to(far / name)
-        assert decoded(prepared(tmp_path, BOOK + name, "--overwrite")) == BOOK + name
+        assert decoded(prepared(tmp_path, BOOK + name, "--overwrite"))[1].endswith(name)
         assert folder.is_symlink() and os.listdir(folder.parent) == ["book"]
     assert sorted(os.listdir(far)) == ["later", "real"]
 

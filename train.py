@@ -66,7 +66,7 @@ from prepare_data import CommandLine, TokenFolder, UserError
 
 
 def batch(data, settings, step, machine):
-    """This process's part of the batch that (seed, step) names: (sequences, T + 1) tokens from anywhere in train.bin.
+    """This process's part of the batch that (seed, step) names: (sequences, T + 1) tokens of train.bin.
 
     All but the last of a row are the inputs, all but the first the targets.
     """
@@ -188,8 +188,8 @@ def train(settings, data, machine, folder):
 
 @torch.no_grad()
 def evaluate(forward, data, settings, machine):
-    """(mean language loss in nats a token, each layer's load of its experts (layers, E)) on the validation windows:
-    the first eval_tokens of val.bin, one window after the other, dealt out to the processes."""
+    """(mean language loss in nats a token, each layer's load of its experts (layers, E)) on the first
+    eval_tokens of val.bin, in windows one after the other, dealt out to the processes."""
     T, at_once = settings.seq_len, settings.micro_batch_size
     windows = settings.eval_tokens // T
     loss_sum, load_sum = 0.0, torch.zeros(settings.n_layer, settings.n_expert)
@@ -242,7 +242,7 @@ class Record:
 
 
 def scale_rows(model, step, load):
-    """Lines of scales.csv: every scale vector's gamma, every branch's weight, every layer's load of its experts."""
+    """Lines of scales.csv: every vector's gamma, every branch's weight, every layer's load of its experts."""
 
     def row(kind, name, low="", mean="", high="", norm=""):
         return {"step": step, "kind": kind, "name": name, "min": low, "mean": mean, "max": high, "norm": norm}
@@ -377,9 +377,12 @@ def load(folder):
 
 
 def setting(kind, what, default=None, several=False, detail=False):
-    """A field of Settings. kind: an argparse type, a list of choices, or None for what has no flag. default: a value,
-    a function of the settings above it, or None for the preset's. several: the flag takes several values, for as
-    many runs. detail: another value makes no other run, as its losses are the same up to rounding."""
+    """A field of Settings.
+
+    kind: an argparse type, a list of choices, or None for what has no flag. default: a value, a function of
+    the settings above it, or None for the preset's. several: the flag takes several values, for as many runs.
+    detail: another value makes no other run, as its losses are the same up to rounding.
+    """
     about = dict(kind=kind, what=what, default=default, several=several, detail=detail)
     return dataclasses.field(metadata=about)
 
@@ -440,8 +443,11 @@ def default_micro_batch(s):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that one run depends on. A field here is a flag, a key of config.json, a part of the folder's name
-    where it differs from the preset's, a word of the command that makes the run again, and checked by --resume."""
+    """Everything that one run depends on.
+
+    A field is a flag and a key of config.json. Where it differs from the preset's it is also part of the
+    folder's name and of the command that makes the run again. --resume checks it.
+    """
 
     model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
     norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
@@ -480,7 +486,7 @@ IN_EVERY_NAME = ("model", "norm_scale", "optimizer", "schedule", "lr", "seed")
 
 
 def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
-    """(the Settings in force, {name: value} of those that differ from the preset's): what was given, or the default."""
+    """(the Settings in force, {name: value} of those that differ from the preset's): given or default."""
     preset = PRESETS[given.get("model") or "tiny"]
     s = SimpleNamespace(preset=preset, machine=machine, data_vocab_size=data_vocab_size)
     changed = {}
@@ -554,7 +560,7 @@ def command_line():
 
 
 class Machine:
-    """The device that a run trains on, and this process among those that torchrun started: rank of processes."""
+    """The device that a run trains on, and this process's place among torchrun's: rank of processes."""
 
     def __init__(self, kind="auto"):
         together = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE says nothing
@@ -622,8 +628,8 @@ class Machine:
 
 
 class Stop:
-    """Whether somebody wants this process to stop: by Ctrl-C or SIGTERM, which the loop looks at between steps and
-    which act at once the second time, or by closing the pipe that it prints to."""
+    """Whether somebody wants this process to stop: by Ctrl-C or SIGTERM, which the loop looks at between
+    steps and which act at once the second time, or by closing the pipe that it prints to."""
 
     signum = 0
 
@@ -696,7 +702,7 @@ class Plan(NamedTuple):
 
 
 def run(plan, data, machine, resume):
-    """Trains one run and keeps its record. Returns the exit code: 0, 1 if it diverged, 128 + the signal if stopped."""
+    """Trains one run and records it. The exit code: 0, 1 if it diverged, 128 + the signal if stopped."""
     settings, folder, line = plan.settings, plan.folder, StatusLine()
     with folder.lock(), STOP:
         say(describe(settings))
@@ -752,7 +758,8 @@ def summary(record, settings, data, folder):
     scored = data.val[1 : settings.eval_tokens + 1]
     bits = val_loss * len(scored) / math.log(2) / data.token_bytes[scored].sum()
     loss = f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte"
-    return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}, {record.seconds:,.0f} s of training"
+    seconds = f"{record.seconds:,.0f} s of training"
+    return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}, {seconds}"
 
 
 def describe(settings):
@@ -826,7 +833,7 @@ class Sweep:
         self.last_words = {plan.name: "" for plan in plans}
 
     def run(self):
-        """The exit code: 0, or 1 if a run did not reach its end, or 128 + the signal that stopped all of them."""
+        """The exit code: 0, 1 if a run did not reach its end, 128 + the signal if all were stopped."""
         with STOP, ThreadPoolExecutor(self.jobs) as pool:
             codes = [pool.submit(self.run_one, plan) for plan in self.plans]
             while wait(codes, timeout=0.2).not_done and not STOP.requested:
@@ -894,7 +901,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16
 
 
 def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
-    """Times the loop of each plan in turn, A B A B; <out_dir>/benchmark.csv. The ratio is of ms a step to the first's."""
+    """Times the loops of the plans in turn, A B A B, into <out_dir>/benchmark.csv. The ratio is to the first."""
     folder, loops, milliseconds = RunFolder(out_dir, machine), [], [[] for _ in plans]
     for plan in plans:
         # Neither an evaluation nor a checkpoint comes up, so nothing is written.
@@ -922,9 +929,8 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
                 say(f"  {tflops / most / machine.processes:.0%} of the peak of {card}")
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write("benchmark.csv", as_csv(rows))
-    say(
-        f"medians of {rounds * steps} steps of {plans[0].settings.model} on {machine.name}: {out_dir}/benchmark.csv"
-    )
+    what = f"medians of {rounds * steps} steps of {plans[0].settings.model} on {machine.name}"
+    say(f"{what}: {out_dir}/benchmark.csv")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -965,7 +971,7 @@ def check(s, data, machine):
 
 
 def reason_to_pass_over(plan, data, args):
-    """Why --resume has nothing to do in a run's folder, or None. Raises UserError where another run is there."""
+    """Why --resume has nothing to do here, or None. Raises UserError where another run is in the folder."""
     path, config = plan.folder.path, {} if args.overwrite else plan.folder.config()
     if not config:
         return None
