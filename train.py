@@ -132,7 +132,7 @@ def train(settings, data, machine, folder):
     """
     model = Transformer(make_config(settings)).init_weights(settings.seed).to(machine.device)
     optimizers = make_optimizers(model, settings)
-    record = folder.load(model, optimizers)
+    record = folder.restore(model, optimizers)
     forward = torch.compile(model) if settings.compile == "on" else model
     yield record
 
@@ -169,9 +169,9 @@ def train(settings, data, machine, folder):
 
         last = record.step == settings.steps
         if last or record.step % settings.eval_every == 0:
-            val_loss, load = evaluate(forward, data, settings, machine)
+            val_loss, expert_load = evaluate(forward, data, settings, machine)
             record.add_evaluation(settings, lr, val_loss, grad_norm, machine)
-            record.scales += scale_rows(model, record.step, load)
+            record.scales += scale_rows(model, record.step, expert_load)
             folder.write_tables(record)
             if not math.isfinite(val_loss):
                 where = f"step {record.step} with --lr={settings.lr:g}"
@@ -200,11 +200,11 @@ def evaluate(forward, data, settings, machine):
         tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
         targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
         with machine.autocast(settings.dtype):
-            loss, _, load = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
+            loss, _, expert_load = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
         counted = min(at_once, windows - first)
         loss_sum += counted * loss.item()
-        if load is not None:
-            load_sum += load[:, :counted].sum(1).cpu()
+        if expert_load is not None:
+            load_sum += expert_load[:, :counted].sum(1).cpu()
     loss_sum, *load_sums = machine.sum([loss_sum, *load_sum.flatten().tolist()])
     return loss_sum / windows, torch.tensor(load_sums).view_as(load_sum) / windows
 
@@ -335,7 +335,7 @@ class RunFolder:
         torch.save(contents, file)
         self.write("checkpoint.pt", file.getbuffer())
 
-    def load(self, model, optimizers):
+    def restore(self, model, optimizers):
         """Puts model and optimisers where the checkpoint was saved, if there is one. Returns the Record."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
