@@ -1033,22 +1033,22 @@ def execute(args):
     one_run = "torchrun trains one run at a time: give one value each to --norm-scale, --lr and --seed"
     require(len(plans) == 1 or machine.processes == 1, one_run)
 
-    code, todo = 0, []
+    code, remaining = 0, []
     reasons = [reason_to_pass_over(plan, data, args) for plan in plans]  # of all, before one starts
     for plan, reason in zip(plans, reasons):
         if reason:
             say(f"{plan.name}: {reason}")
             code = code if reason == "done already" else 1
         else:
-            todo.append(plan)
+            remaining.append(plan)
             if args.resume and not (plan.folder.path / "checkpoint.pt").exists():
                 say(f"{plan.name}: no checkpoint to go on from, starts at step 0")
-    if len(plans) == 1 and todo:
+    if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
-    if todo:
-        jobs = args.jobs or (1 if machine.is_gpu else min(len(todo), available_cores()))
+    if remaining:
+        jobs = args.jobs or (1 if machine.is_gpu else min(len(remaining), available_cores()))
         again = [flag for flag, on in (("--resume", args.resume), ("--overwrite", args.overwrite)) if on]
-        code = Sweep(todo, jobs, again).run() or code
+        code = Sweep(remaining, jobs, again).run() or code
     return code
 
 
