@@ -679,7 +679,8 @@ class StatusLine:
     def show(self, text):
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + (0.1 if self.live else 10)
-            width = shutil.get_terminal_size().columns - 1 if self.live else None  # a line that wraps would stay
+            # A line that wraps could not be rewritten.
+            width = shutil.get_terminal_size().columns - 1 if self.live else None
             say(self.back + text[:width], end="" if self.live else "\n")
 
     def keep(self, text):
