@@ -1334,6 +1334,8 @@ def test_a_sweep_is_a_process_a_run(small, capfd, monkeypatch):
     assert "done already" in last["hg"] and "no checkpoint of this run" in last["ap"]
     assert "killed by signal 9; the same command with --resume" in last["none"]
     assert "val loss" in last["standard"] and statuses() == {"hg": "done", "ap": "failed", "standard": "done"}
+    (config,) = Path("runs").glob("tiny-standard-*/config.json")  # the threads are divided among the runs
+    assert config_of(config.parent)["threads"] == max(1, torch.get_num_threads() // 2)
     assert small("--norm-scale", "none", "hg", "--resume") == 0 and statuses()["none"] == "done"
 
 

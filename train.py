@@ -858,7 +858,7 @@ class Sweep:
         """One run, in a thread that waits for its process: the process's exit code."""
         if STOP.requested:
             return 1
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // self.jobs)
+        threads = max(1, torch.get_num_threads() // self.jobs)  # of what this command has
         process = subprocess.Popen(
             [sys.executable, __file__, *plan.flags, *self.again],
             stdout=subprocess.PIPE,
