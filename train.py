@@ -868,6 +868,8 @@ class Sweep:
             start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on once
         )
         self.processes[plan.name] = process
+        if STOP.requested and os.name == "posix":  # since it was looked at last
+            process.terminate()
         for text in process.stdout:
             with self.printing:
                 self.show(plan.name, text.rstrip())
