@@ -204,7 +204,7 @@ def decay_groups(model, variant, weight_decay):
     """The optimiser's groups [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
 
     Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Under OR
-    and ER it is the raw alpha and beta that decay: under OR beta pulls gamma to 0, under ER both pull it to 1.
+    and ER the raw alpha and beta decay: under OR beta pulls gamma to 0, under ER both pull it to 1.
     """
     role_of = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
     groups = []

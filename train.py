@@ -905,7 +905,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16
 
 
 def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
-    """Times the loops of the plans in turn, A B A B, into <out_dir>/benchmark.csv. Ratios are to the first."""
+    """Times the plans' loops in turn, A B A B, into <out_dir>/benchmark.csv. Ratios are to the first."""
     folder, loops, milliseconds = RunFolder(out_dir, machine), [], [[] for _ in plans]
     for plan in plans:
         # Neither an evaluation nor a checkpoint comes up, so nothing is written.
