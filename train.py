@@ -40,16 +40,6 @@ from statistics import fmean, median
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# glibc gives every large tensor back to the kernel when it is freed and takes it anew, page fault by page
-# fault: a seventh of a tiny step. With these two thresholds it keeps up to 1 GiB. Elsewhere nothing happens.
-with suppress(OSError, AttributeError):
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-# Muon multiplies in bfloat16. Some virtual machines announce AMX, which oneDNN then uses for that on a
-# CPU, but do not allow it: an illegal instruction. Float32, all else that runs on a CPU here, loses nothing.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -83,19 +73,15 @@ def batch(data, settings, step, machine):
 
 def make_optimizers(model, settings):
     """AdamW on everything, or Muon on the matrices inside the blocks and AdamW on the rest."""
-    groups = decay_groups(model, model.config.norm_scale, settings.weight_decay)
-    optimizers = []
+    matrices, *vectors = decay_groups(model, model.config.norm_scale, settings.weight_decay)
+    muon = []
     if settings.optimizer == "muon":
-        inside = [p for p in model.blocks.parameters() if p.ndim == 2]
-        matrices = next(group for group in groups if group["name"] == "matrices")
-        muon = [{**matrices, "params": inside}]
-        optimizers = [torch.optim.Muon(muon, lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
-        in_blocks = set(inside)
-        matrices["params"] = [p for p in matrices["params"] if p not in in_blocks]  # embedding and head
-    optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True))
-    optimized = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert len(optimized) == len(set(optimized)) and set(optimized) == set(model.parameters())
-    return optimizers
+        inside = {p for p in model.blocks.parameters() if p.ndim == 2}
+        in_blocks = {**matrices, "params": [p for p in matrices["params"] if p in inside]}
+        matrices = {**matrices, "params": [p for p in matrices["params"] if p not in inside]}
+        muon = [torch.optim.Muon([in_blocks], lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
+    adamw = torch.optim.AdamW([matrices, *vectors], lr=settings.lr, betas=(0.9, 0.95), fused=True)
+    return [*muon, adamw]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -262,7 +248,7 @@ def scale_rows(model, step, load):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------
+# # ---------------------------------------------------------------------------------------------------
 # A first reading can end here.
 #
 # The run folder: nothing in it is ever half a file under a whole file's name
@@ -289,16 +275,17 @@ class RunFolder:
 
     def write(self, name, contents):
         """Under another name, then renamed: what was there stays until the new is whole."""
-        if self.writes:
-            part = self.path / f"{name}.part"
-            try:
-                with open(part, "wb") as file:
-                    file.write(contents)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, self.path / name)
-            finally:
-                part.unlink(missing_ok=True)
+        if not self.writes:
+            return
+        part = self.path / f"{name}.part"
+        try:
+            with open(part, "wb") as file:
+                file.write(contents)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path / name)
+        finally:
+            part.unlink(missing_ok=True)
 
     def write_tables(self, record):
         self.write("metrics.csv", as_csv(record.metrics))
@@ -314,12 +301,12 @@ class RunFolder:
             return dict(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.path / 'config.json'} is not a run's record: {error}") from None
 
     def clear(self):
-        """Leaves nothing of an old run. config.json goes first: without it nothing is a run."""
-        for name in ("config.json", "checkpoint.pt", "metrics.csv", "scales.csv"):
+        """Leaves nothing of an old run. The checkpoint goes first: nothing can go on from it."""
+        for name in ("checkpoint.pt", "config.json", "metrics.csv", "scales.csv"):
             if self.writes:
                 (self.path / name).unlink(missing_ok=True)
 
@@ -347,8 +334,9 @@ class RunFolder:
                 optimizer.load_state_dict(state)
             return Record(**saved["record"])
         except Exception as error:  # whatever torch makes of bytes that it did not write
-            reason = f"{path} is no checkpoint of this run ({first_line(error)})"
-            raise UserError(f"{reason}; --overwrite starts anew") from None
+            raise UserError(
+                f"{path} is no checkpoint of this run ({first_line(error)}); --overwrite starts anew"
+            ) from None
 
 
 def as_csv(rows):
@@ -387,7 +375,7 @@ def setting(kind, what, default=None, several=False, detail=False):
     return dataclasses.field(metadata=about)
 
 
-def number(kind, low, high):
+def number(kind, low, high=10**9):
     """An argparse type: a number of this kind from low to high."""
 
     def parse(text):
@@ -399,10 +387,6 @@ def number(kind, low, high):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:,} to {high:,}")
 
     return parse
-
-
-def whole(low, high=10**9):
-    return number(int, low, high)
 
 
 def variant(text):
@@ -453,32 +437,30 @@ class Settings:
     norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
     optimizer: str = setting(["adamw", "muon"], "muon: for the matrices inside the blocks", "adamw")
     schedule: str = setting(["cosine", "wsd"], "cosine, or constant and then linear to 0", "cosine")
-    lr: float = setting(number(float, 1e-9, 1e3), "peak learning rate", default_lr, several=True)
-    seed: int = setting(whole(0, 2**32 - 1), "of weights and batches", 0, several=True)
-    batch_size: int = setting(whole(1, 2**20), "sequences a step, over all processes")
-    seq_len: int = setting(whole(1, 2**20), "tokens a sequence")
-    steps: int = setting(whole(1), "optimiser steps")
-    d_model: int = setting(whole(2, 2**16), "width")
-    n_layer: int = setting(whole(1, 1024), "layers")
-    n_head: int = setting(whole(1, 1024), "attention heads")
+    lr: float = setting(number(float, 1e-9), "peak learning rate", default_lr, several=True)
+    seed: int = setting(number(int, 0), "of weights and batches", 0, several=True)
+    batch_size: int = setting(number(int, 1), "sequences a step, over all processes")
+    seq_len: int = setting(number(int, 1), "tokens a sequence")
+    steps: int = setting(number(int, 1), "optimiser steps")
+    d_model: int = setting(number(int, 2), "width")
+    n_layer: int = setting(number(int, 1, 1024), "layers")
+    n_head: int = setting(number(int, 1, 1024), "attention heads")
     d_ff: int = setting(width, "hidden width, or +n for n more", lambda s: paper_d_ff(s.d_model))
     vocab_size: int = setting(None, "tokens", lambda s: s.preset.get("vocab_size", s.data_vocab_size))
     gemma: bool = setting(None, "Gemma's extra norms", lambda s: s.preset.get("gemma", False))
     n_expert: int = setting(None, "routed experts", lambda s: s.preset.get("n_expert", 0))
     top_k: int = setting(None, "of them for a token", lambda s: s.preset.get("top_k", 0))
-    weight_decay: float = setting(number(float, 0, 100), "of matrices and of --norm-scale's vectors", 0.1)
-    grad_clip: float = setting(number(float, 0, 1e9), "largest norm of the gradient; 0: any", 1.0)
-    warmup_steps: int = setting(whole(0), "steps to the peak", lambda s: max(10, s.steps // 20))
+    weight_decay: float = setting(number(float, 0), "of matrices and of --norm-scale's vectors", 0.1)
+    grad_clip: float = setting(number(float, 0), "largest norm of the gradient; 0: any", 1.0)
+    warmup_steps: int = setting(number(int, 0), "steps to the peak", lambda s: max(10, s.steps // 20))
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
-    eval_every: int = setting(whole(1), "steps from one evaluation to the next")
-    eval_tokens: int = setting(whole(1, 10**12), "evaluate on this many of the first tokens of val.bin")
+    eval_every: int = setting(number(int, 1), "steps from one evaluation to the next")
+    eval_tokens: int = setting(number(int, 1, 10**12), "evaluate on this many of the first tokens of val.bin")
     dtype: str = setting(["auto", "float32", "bfloat16"], "of products", default_dtype)
     device: str = setting(["auto", "cpu", "cuda", "mps"], "GPU or not", lambda s: s.machine.best, detail=True)
     compile: str = setting(["auto", "on", "off"], "torch.compile", default_compile, detail=True)
-    micro_batch_size: int = setting(whole(1), "sequences at once", default_micro_batch, detail=True)
-    checkpoint_every: int = setting(
-        whole(0), "steps; 0: only at the end", lambda s: s.eval_every, detail=True
-    )
+    micro_batch_size: int = setting(number(int, 1), "sequences at once", default_micro_batch, detail=True)
+    checkpoint_every: int = setting(number(int, 0), "0: at the end", lambda s: s.eval_every, detail=True)
 
 
 FIELDS = {field.name: field.metadata for field in dataclasses.fields(Settings)}
@@ -491,15 +473,17 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
     s = SimpleNamespace(preset=preset, machine=machine, data_vocab_size=data_vocab_size)
     changed = {}
     for name, field in FIELDS.items():
-        default, value = preset[name] if field["default"] is None else field["default"], given.get(name)
-        default = default(s) if callable(default) else default
+        default = preset[name] if field["default"] is None else field["default"]
+        if callable(default):
+            default = default(s)
+        value = given.get(name)
         if name == "steps" and given.get("tokens"):
             value = math.ceil(given["tokens"] / (s.batch_size * s.seq_len))
         if name == "d_ff" and isinstance(value, str):  # +n
             value = default + int(value)
         if value is None or value == "auto":
             value = default
-        elif value != default:
+        if value != default:
             changed[name] = value
         setattr(s, name, value)
     # What is recorded is what is evaluated: whole windows, as many as there are.
@@ -526,26 +510,23 @@ def folder_name(settings, changed, data_sha256):
 
 
 def command_line():
-    parser = CommandLine(
-        prog="train.py", description="Trains a Llama with the scale vectors of --norm-scale."
-    )
+    parser = CommandLine("train.py", description="Trains a Llama with the scale vectors of --norm-scale.")
     length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
     for name, field in FIELDS.items():
-        if field["kind"]:
-            how = {"choices": field["kind"]} if isinstance(field["kind"], list) else {"type": field["kind"]}
-            if field["several"]:
-                how |= {"nargs": "+", "metavar": "VALUE"}
-            plain = isinstance(field["default"], (str, int, float))
-            default = (
-                field["default"] if plain else "auto" if "auto" in how.get("choices", []) else "the preset's"
-            )
-            group = length if name == "steps" else parser
-            flag, text = f"--{name.replace('_', '-')}", f"{field['what']} (default: {default})"
-            group.add_argument(flag, help=text, **how)
-    length.add_argument("--tokens", type=whole(1, 10**15), help="as many steps as see this many tokens")
+        if field["kind"] is None:
+            continue
+        how = {"choices": field["kind"]} if isinstance(field["kind"], list) else {"type": field["kind"]}
+        if field["several"]:
+            how |= {"nargs": "+", "metavar": "VALUE"}
+        default = field["default"]
+        if default is None or callable(default):
+            default = "auto" if "auto" in how.get("choices", []) else "the preset's"
+        group = length if name == "steps" else parser
+        group.add_argument(f"--{name.replace('_', '-')}", help=f"{field['what']} (default: {default})", **how)
+    length.add_argument("--tokens", type=number(int, 1, 10**15), help="as many steps as see this many tokens")
     parser.add_argument("--out-dir", default="runs", help="where the run folders are (default: runs)")
     jobs = "of several runs, how many at once (default: as many as there are cores; on a GPU one)"
-    parser.add_argument("--jobs", type=whole(1, 1024), help=jobs)
+    parser.add_argument("--jobs", type=number(int, 1, 1024), help=jobs)
     resume = "go on from checkpoints; start runs without one, pass over those that are done or diverged"
     again.add_argument("--resume", action="store_true", help=resume)
     again.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
@@ -557,6 +538,16 @@ def command_line():
 
 # ---------------------------------------------------------------------------------------------------
 # The machine, and who sits in front of it
+
+# glibc gives every large tensor back to the kernel when it is freed and takes it anew, page fault by page
+# fault: a seventh of a tiny step. With these two thresholds it keeps up to 1 GiB. Elsewhere nothing happens.
+with suppress(OSError, AttributeError):
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+# Muon multiplies in bfloat16. Some virtual machines announce AMX, which oneDNN then uses for that on a
+# CPU, but do not allow it: an illegal instruction. Float32, all else that runs on a CPU here, loses nothing.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 class Machine:
@@ -573,21 +564,19 @@ class Machine:
             raise UserError(f"--device: this machine has no {self.kind} device that torch can use")
         self.device, self.is_gpu = torch.device(self.kind), self.kind == "cuda"
         self.has_bfloat16 = self.is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.name = platform.processor() or platform.machine()
         if self.is_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if together else 0)
+            self.name = torch.cuda.get_device_name()
         if together and not dist.is_initialized():
             dist.init_process_group("nccl" if self.is_gpu else "gloo")
-
-    @property
-    def name(self):
-        return torch.cuda.get_device_name() if self.is_gpu else platform.processor() or platform.machine()
 
     def tensor(self, array):
         """An array of tokens, as int64 on the device."""
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-        return (
-            tensor.pin_memory().to(self.device, non_blocking=True) if self.is_gpu else tensor.to(self.device)
-        )
+        if self.is_gpu:
+            tensor = tensor.pin_memory()  # so that the copy need not be waited for
+        return tensor.to(self.device, non_blocking=self.is_gpu)
 
     def autocast(self, dtype):
         return torch.autocast(self.kind, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -622,25 +611,21 @@ class Machine:
         """Bytes that there are; infinite where it is not known."""
         if self.is_gpu:
             return torch.cuda.mem_get_info()[1]
-        return (
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-        )
+        if hasattr(os, "sysconf"):
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return math.inf
 
 
 class Stop:
-    """Whether somebody wants this process to stop: by Ctrl-C or SIGTERM, which the loop looks at between
-    steps and which act at once the second time, or by closing the pipe that it prints to."""
+    """Whether Ctrl-C or SIGTERM came. The loop looks between steps; the second time they act at once."""
 
     signum = 0
 
     def __enter__(self):
         self.signum, self.before = 0, {}
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # signals reach no other, as a notebook server's
-            self.before = {
-                signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)
-            }
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.before[signum] = signal.signal(signum, self.note)
 
     def __exit__(self, *_):
         for signum, handler in self.before.items():
@@ -656,35 +641,19 @@ class Stop:
         return self.signum != 0
 
 
-STOP = Stop()  # one a process, as signals and standard output are
-BROKEN_PIPE = 13  # SIGPIPE, also where there is no such signal
+STOP = Stop()  # one a process, as signals are
 
 
-def say(text, end="\n"):
-    """print; where nobody reads any more, to nowhere from then on, and the run is asked to stop."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        STOP.signum = BROKEN_PIPE
+def say(text):
+    """A line that stays."""
+    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
-class StatusLine:
-    """One line that is rewritten in place on a terminal, and a line now and then in a file; others stay."""
-
-    def __init__(self):
-        self.live, self.due = sys.stdout.isatty(), 0.0
-        self.back = "\r\x1b[K" if self.live else ""  # to the line's start, and clear it
-
-    def show(self, text):
-        if time.monotonic() >= self.due:
-            self.due = time.monotonic() + (0.1 if self.live else 10)
-            # A line that wraps could not be rewritten.
-            width = shutil.get_terminal_size().columns - 1 if self.live else None
-            say(self.back + text[:width], end="" if self.live else "\n")
-
-    def keep(self, text):
-        say(self.back + text)
+def show(text):
+    """A line that the next one takes the place of, on a terminal."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be replaced
+        print(f"\r\x1b[K{text[:width]}", end="", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -705,7 +674,7 @@ class Plan(NamedTuple):
 
 def run(plan, data, machine, resume):
     """Trains one run and records it. The exit code: 0, 1 if it diverged, 128 + the signal if stopped."""
-    settings, folder, line = plan.settings, plan.folder, StatusLine()
+    settings, folder = plan.settings, plan.folder
     with folder.lock(), STOP:
         say(describe(settings))
         if not resume:
@@ -715,7 +684,7 @@ def run(plan, data, machine, resume):
         folder.write_config(config, "running")
         try:
             for record in train(settings, data, machine, folder):
-                report(record, settings, line)
+                report(record, settings)
         except Diverged as error:
             folder.write_config(config, "diverged", str(error))
             print(f"{folder.path}: {error}", file=sys.stderr)
@@ -726,29 +695,29 @@ def run(plan, data, machine, resume):
             raise
         if record.step < settings.steps:
             folder.write_config(config, "interrupted")
-            line.keep(f"stopped after step {record.step:,} and saved; the same command with --resume goes on")
+            say(f"stopped after step {record.step:,} and saved; the same command with --resume goes on")
             return 128 + (STOP.signum or signal.SIGTERM)
         folder.write_config(config, "done")
         if machine.rank == 0:
-            line.keep(summary(record, settings, data, folder))
+            say(summary(record, settings, data, folder))
         return 0
 
 
-PROGRESS = re.compile(r"step ([\d,]+)/([\d,]+) ")  # how a line about a step begins
+PROGRESS = re.compile(r"step ([\d,]+)/([\d,]+): ")  # how the line about an evaluation begins
 
 
-def report(record, settings, line):
+def report(record, settings):
     """A line that stays for an evaluation, and one that goes for a step."""
+    step = f"step {record.step:,}/{settings.steps:,}"
     if record.losses:
         rate = record.steps_per_second()
         tokens_per_second = rate * settings.batch_size * settings.seq_len
         left = (settings.steps - record.step) / rate
-        where = f"step {record.step:,}/{settings.steps:,}  loss {record.losses[-1]:.3f}"
-        line.show(f"{where}  {tokens_per_second:,.0f} tokens/s  {left:,.0f} s left")
+        show(f"{step}  loss {record.losses[-1]:.3f}  {tokens_per_second:,.0f} tokens/s  {left:,.0f} s left")
     elif record.metrics:
         row = record.metrics[-1]
         losses = f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}"
-        line.keep(f"step {record.step:,}: {row['tokens']:,} tokens, {losses}")
+        say(f"{step}: {row['tokens']:,} tokens, {losses}")
 
 
 def summary(record, settings, data, folder):
@@ -766,29 +735,26 @@ def summary(record, settings, data, folder):
 
 def describe(settings):
     """The variant in words, its parameters, and the optimiser's groups with their weight decay."""
-    config = make_config(settings)
+    s, config = settings, make_config(settings)
     counts = count(config)
-    with torch.device("meta"):
-        optimizers = make_optimizers(Transformer(config), settings)
     share = counts.scale_parameters / counts.parameters
-    lines = ["", f"--norm-scale={settings.norm_scale}"]
-    lines += [f"  {line}" for line in config.norm_scale.describe()]
-    lines.append(
-        f"{settings.model}: {counts.parameters:,} parameters, {counts.activated_parameters:,} for a token"
-    )
+    tokens = s.steps * s.batch_size * s.seq_len
+    each = tokens / counts.activated_parameters
+    lines = ["", f"--norm-scale={s.norm_scale}", *(f"  {line}" for line in config.norm_scale.describe())]
+    lines.append(f"{s.model}: {counts.parameters:,} parameters, {counts.activated_parameters:,} for a token")
     lines.append(f"  {counts.scale_parameters:,} of them in scale vectors ({share:.3g})")
+    with torch.device("meta"):
+        optimizers = make_optimizers(Transformer(config), s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             size = sum(p.numel() for p in group["params"])
-            lines.append(
-                f"  {type(optimizer).__name__}, {group['name']}: {len(group['params'])} of {size:,} entries"
-            )
-            lines[-1] += f", weight decay {group['weight_decay']:g}"
-    tokens = settings.steps * settings.batch_size * settings.seq_len
-    each = f"{tokens:,}, {tokens / counts.activated_parameters:.1f} a parameter"
-    lines.append(f"{settings.steps:,} steps of {settings.batch_size} x {settings.seq_len} tokens: {each}")
-    rate = f"{settings.schedule}, lr {settings.lr:g} after {settings.warmup_steps:,} steps"
-    lines.append(f"{settings.optimizer}, {rate}; seed {settings.seed}; {settings.device}, {settings.dtype}")
+            what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} of {size:,} entries"
+            lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
+    lines.append(
+        f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {each:.1f} a parameter"
+    )
+    rate = f"{s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps"
+    lines.append(f"{s.optimizer}, {rate}; seed {s.seed}; {s.device}, {s.dtype}")
     return "\n".join(lines)
 
 
@@ -829,30 +795,42 @@ class Sweep:
 
     def __init__(self, plans, jobs, again):
         self.plans, self.jobs, self.again = plans, jobs, again
-        self.line, self.printing, self.began = StatusLine(), threading.Lock(), None
         self.processes = {}  # name -> process under way
         self.done = {plan.name: 0.0 for plan in plans}  # share of a run's steps
+        self.done_before = {}  # the same when it was first heard of, as some go on from a checkpoint
+        self.began = None
         self.last_words = {plan.name: "" for plan in plans}
+        self.printing = threading.Lock()
 
     def run(self):
         """The exit code: 0, 1 if a run did not reach its end, 128 + the signal if all were stopped."""
         with STOP, ThreadPoolExecutor(self.jobs) as pool:
             codes = [pool.submit(self.run_one, plan) for plan in self.plans]
-            while wait(codes, timeout=0.2).not_done and not STOP.requested:
-                pass
-            if STOP.requested and os.name == "posix":  # on Windows Ctrl-C reaches them by itself
-                for process in list(self.processes.values()):
-                    process.terminate()  # they save, and end
+            try:
+                while wait(codes, timeout=0.2).not_done and not STOP.requested:
+                    pass
+                if STOP.requested:
+                    self.hand_on()  # they save, and end
+                wait(codes)
+            except KeyboardInterrupt:  # the second Ctrl-C
+                self.hand_on()
+                raise
         if STOP.requested:
-            self.line.keep("stopped; what was under way is saved, and the same command with --resume goes on")
+            say("stopped; what was under way is saved, and the same command with --resume goes on")
             return 128 + STOP.signum
-        self.line.keep("")
+        say("")
         for plan, code in zip(self.plans, codes):
             if code.result() < 0:
                 killed = f"killed by signal {-code.result()}"
                 self.last_words[plan.name] = f"{killed}; the same command with --resume goes on with it"
             say(f"{plan.name}: {self.last_words[plan.name]}")
         return int(any(code.result() for code in codes))
+
+    def hand_on(self):
+        """The signal, to what is under way. On Windows Ctrl-C reaches every process by itself."""
+        if os.name == "posix":
+            for process in list(self.processes.values()):
+                process.terminate()
 
     def run_one(self, plan):
         """One run, in a thread that waits for its process: the process's exit code."""
@@ -865,37 +843,36 @@ class Sweep:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},
-            start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on once
+            start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on
         )
         self.processes[plan.name] = process
-        if STOP.requested and os.name == "posix":  # since it was looked at last
-            process.terminate()
+        if STOP.requested:  # since it was looked at last
+            self.hand_on()
         for text in process.stdout:
             with self.printing:
-                self.show(plan.name, text.rstrip())
+                self.report(plan.name, text.rstrip())
         code = process.wait()
         del self.processes[plan.name]
         self.done[plan.name] = 1.0
         return code
 
-    def show(self, name, text):
-        """A run's line about a step becomes part of the one status line; its others stay, under its name."""
+    def report(self, name, text):
+        """A run's line under its name, and the status of all."""
+        if text and not STOP.requested:
+            self.last_words[name] = text
+            say(f"{name}: {text}")
         if progress := PROGRESS.match(text):
             step, steps = (int(number.replace(",", "")) for number in progress.groups())
             self.done[name] = step / steps
-            self.began = self.began or time.monotonic()  # at the first step of all
-            overall = fmean(self.done.values())
-            left = (time.monotonic() - self.began) * (1 - overall) / overall
-            finished = sum(share == 1 for share in self.done.values())
-            under_way = ", ".join(f"{run} {self.done[run]:.0%}" for run in list(self.processes))
-            self.line.show(f"{finished} of {len(self.done)} done, {left:,.0f} s left: {under_way}")
-        elif text and not STOP.requested:
-            self.last_words[name] = text
-            self.line.keep(f"{name}: {text}")
-
-
-def available_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self.done_before.setdefault(name, self.done[name])
+            self.began = self.began or time.monotonic()
+        gained = sum(self.done[name] - before for name, before in self.done_before.items())
+        left = "?"
+        if gained > 0:
+            left = f"{(time.monotonic() - self.began) * (len(self.done) - sum(self.done.values())) / gained:,.0f}"
+        finished = sum(share == 1 for share in self.done.values())
+        under_way = ", ".join(f"{run} {self.done[run]:.0%}" for run in list(self.processes))
+        show(f"{finished} of {len(self.done)} done, {left} s left: {under_way}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -941,73 +918,74 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
 # The command
 
 
-def require(holds, message):
-    if not holds:
-        raise UserError(message)
-
-
 def check(s, data, machine):
-    """Raises UserError where settings do not go together, with these data, or on this machine."""
-    head_dim, share = s.d_model // s.n_head, s.batch_size // machine.processes
-    require(s.d_model % s.n_head == 0, f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
-    require(head_dim % 2 == 0, f"--n-head: rotary embedding turns pairs, not heads of width {head_dim}")
-    split = f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes"
-    require(s.batch_size % machine.processes == 0, split)
-    micro = f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences"
-    require(share % s.micro_batch_size == 0, micro)
-    bfloat16 = f"--dtype: bfloat16 needs a GPU that has it, not {s.device}"
-    require(s.dtype == "float32" or machine.has_bfloat16, bfloat16)
-    if s.compile == "on":
-        require(not s.n_expert, "--compile: the loop over experts is not for torch.compile")
-        compiler = machine.is_gpu or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "cl")))
-        require(compiler, "--compile: on a CPU torch.compile needs a C++ compiler, and there is none")
-    tokens = f"{data.folder} has {data.vocab_size:,} different tokens, {s.model} takes {s.vocab_size:,}"
-    require(data.vocab_size <= s.vocab_size, tokens)
+    """Raises UserError where settings do not go together with these data or on this machine."""
+    share = s.batch_size // machine.processes
+    if s.batch_size % machine.processes:
+        raise UserError(
+            f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes"
+        )
+    if share % s.micro_batch_size:
+        raise UserError(f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences")
+    if s.dtype == "bfloat16" and not machine.has_bfloat16:
+        raise UserError(f"--dtype: bfloat16 needs a GPU that has it, not {s.device}")
+    if s.compile == "on" and s.n_expert:
+        raise UserError("--compile: the loop over experts is not for torch.compile")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "cl")
+    if s.compile == "on" and not machine.is_gpu and not any(map(shutil.which, compilers)):
+        raise UserError("--compile: on a CPU torch.compile needs a C++ compiler, and there is none")
+    if data.vocab_size > s.vocab_size:
+        tokens = f"{data.folder} has {data.vocab_size:,} different tokens"
+        raise UserError(f"{tokens}, {s.model} takes {s.vocab_size:,}")
     for name, tokens in ("train.bin", data.train), ("val.bin", data.val):
-        few = f"{data.folder / name} has {len(tokens):,} tokens, too few for --seq-len {s.seq_len} and one"
-        require(len(tokens) > s.seq_len, few)
-    # Held at the least: weights, gradients and moments; logits and their gradient; what each layer saves.
-    tokens, size = s.micro_batch_size * s.seq_len, 2 if s.dtype == "bfloat16" else 4
-    need = 16 * count(make_config(s)).parameters + 8 * tokens * s.vocab_size
-    need += size * tokens * s.n_layer * (8 * s.d_model + 4 * s.d_ff)
-    have, gib = machine.memory(), 2**30
-    require(need <= have, f"this needs {need / gib:,.0f} GiB or more, the {s.device} has {have / gib:,.0f}")
+        if len(tokens) <= s.seq_len:
+            few = f"{data.folder / name} has {len(tokens):,} tokens"
+            raise UserError(f"{few}, too few for --seq-len {s.seq_len} and one")
+    # Held at the least: weights, gradients and two moments, logits and their gradient, all in float32.
+    need = 16 * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
+    if need > machine.memory():
+        have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
+        raise UserError(f"this needs {need / 2**30:,.0f} GiB or more, {have}")
 
 
-def reason_to_pass_over(plan, data, args):
-    """Why --resume has nothing to do here, or None. Raises UserError where another run is in the folder."""
-    path, config = plan.folder.path, {} if args.overwrite else plan.folder.config()
-    if not config:
+def ended(plan, data, args):
+    """ "done" or "diverged" for a run that is over, else None. UserError where another run is in its folder."""
+    path, config = plan.folder.path, plan.folder.config()
+    if args.overwrite or not config:
         return None
-    require(args.resume, f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
+    if not args.resume:
+        raise UserError(f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
     for name, field in FIELDS.items():
         here, there = getattr(plan.settings, name), config.get(name)
-        same = here == there or name == "data" or field["detail"]
-        other = f"{path} is of another run: {name} is {there} there and {here} here"
-        require(same, f"{other}; --overwrite starts anew")
-    same_data = config.get("data_sha256") == data.sha256
-    require(same_data, f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
-    if config.get("status") == "done":
-        return "done already"
-    return config.get("reason") if config.get("status") == "diverged" else None
+        if here != there and name != "data" and not field["detail"]:
+            other = f"{path} is of another run: {name} is {there} there and {here} here"
+            raise UserError(f"{other}; --overwrite starts anew")
+    if config.get("data_sha256") != data.sha256:
+        raise UserError(f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
+    return config.get("status") if config.get("status") in ("done", "diverged") else None
 
 
 def plans_of(args, data, machine):
-    """A Plan for every combination of values."""
+    """A Plan for every combination of values. Raises UserError where sizes do not go together."""
     several = [name for name, field in FIELDS.items() if field["several"]]
     vocab_size, val_tokens, sha256 = 2048, math.inf, {"train.bin": ""}
     if data:
         vocab_size, val_tokens, sha256 = data.vocab_size, len(data.val), data.sha256
     plans = []
     for values in itertools.product(*(dict.fromkeys(getattr(args, name) or [None]) for name in several)):
-        settings, changed = resolve(vars(args) | dict(zip(several, values)), machine, vocab_size, val_tokens)
-        named = {name: getattr(settings, name) for name in IN_EVERY_NAME} | changed
+        s, changed = resolve(vars(args) | dict(zip(several, values)), machine, vocab_size, val_tokens)
+        if s.d_model % s.n_head:
+            raise UserError(f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
+        if s.d_model // s.n_head % 2:
+            width = s.d_model // s.n_head
+            raise UserError(f"--n-head: rotary embedding turns pairs, not heads of width {width}")
+        named = {name: getattr(s, name) for name in IN_EVERY_NAME} | changed
         if args.out_dir != "runs":
             named["out_dir"] = args.out_dir
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
-        folder = RunFolder(Path(args.out_dir, folder_name(settings, changed, sha256)), machine)
-        plans.append(Plan(settings, folder, flags))
-    require(len({plan.name for plan in plans}) == len(plans), "--lr: two of these runs would share a folder")
+        plans.append(Plan(s, RunFolder(Path(args.out_dir, folder_name(s, changed, sha256)), machine), flags))
+    if len({plan.name for plan in plans}) < len(plans):
+        raise UserError("--lr: two of these runs would share a folder")
     return plans
 
 
@@ -1034,19 +1012,20 @@ def execute(args):
     if args.benchmark:
         benchmark(plans, data, machine, args.out_dir)
         return 0
-    one_run = "torchrun trains one run at a time: give one value each to --norm-scale, --lr and --seed"
-    require(len(plans) == 1 or machine.processes == 1, one_run)
+    if len(plans) > 1 and machine.processes > 1:
+        one = "give one value each to --norm-scale, --lr and --seed"
+        raise UserError(f"torchrun trains one run at a time: {one}")
 
-    code, remaining = 0, []
-    reasons = [reason_to_pass_over(plan, data, args) for plan in plans]  # of all, before one starts
-    for plan, reason in zip(plans, reasons):
-        if reason:
-            say(f"{plan.name}: {reason}")
-            code = code if reason == "done already" else 1
+    endings = [ended(plan, data, args) for plan in plans]  # of all, before one starts
+    remaining = []
+    for plan, ending in zip(plans, endings):
+        if ending:
+            say(f"{plan.name}: {ending} already")
         else:
             remaining.append(plan)
             if args.resume and not (plan.folder.path / "checkpoint.pt").exists():
                 say(f"{plan.name}: no checkpoint to go on from, starts at step 0")
+    code = int("diverged" in endings)
     if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
     if remaining:
@@ -1054,6 +1033,10 @@ def execute(args):
         again = [flag for flag, on in (("--resume", args.resume), ("--overwrite", args.overwrite)) if on]
         code = Sweep(remaining, jobs, again).run() or code
     return code
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv=None):
@@ -1070,7 +1053,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
         print(first_line(error), file=sys.stderr)
         return 1
@@ -1080,4 +1063,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # as any other tool, it ends where nobody reads (`| head`)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
