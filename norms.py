@@ -50,37 +50,9 @@ def norm_formula(x, u=None):
     return y.to(x.dtype), n, r
 
 
-class Norm(torch.autograd.Function):
-    """The same with its derivative in closed form, in half of the time. With g = dL/dy
-
-        dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all that share u
-
-    The projection takes out the part along x, as rescaling x changes nothing: it is that of Theorem 3.2.
-    """
-
-    @staticmethod
-    def forward(ctx, x, u):
-        y, n, r = norm_formula(x, u)
-        ctx.save_for_backward(n.to(x.dtype), r, u)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        n, r, u = ctx.saved_tensors
-        gn, du = g * n, None
-        if u is not None:
-            du = gn.to(u.dtype).sum_to_size(u.shape)
-            g, gn = u * g, u * gn
-        along = gn.mean(-1, keepdim=True, dtype=r.dtype)
-        return torch.addcmul(g, n, along, value=-1).mul_(r).to(n.dtype), du
-
-
 def normalize(x, u=None):
     """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2)."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # it fuses the formula by itself; torch 2.11's gets Norm's gradient wrong
+    if torch.compiler.is_compiling():  # fuses the formula; torch 2.11's takes a wrong gradient of Norm
         return norm_formula(x, u)[0]
     return Norm.apply(x, u)
 
@@ -112,7 +84,7 @@ class ScaleVector(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.full((1 if name == "beta" else dim,), value)))
 
     def forward(self):
-        return self.form(*self.parameters())
+        return self.form(*self.parameters())  # in the order of FORMS
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -137,11 +109,12 @@ class Branch(nn.Module):
         self.v = self.u = self.norm = None
         if variant.has_v:
             self.v = shared or ScaleVector(d_in, "Input-Norm", variant.form)
-        if output and variant.has_u and not variant.norm_behind:
-            self.u = ScaleVector(d_out, "Input-Norm", variant.form)
-        if output and variant.has_u and variant.norm_behind:
-            self.norm = OutputNorm(d_out, variant, head_dim)
-        elif qk_norm:
+        if variant.has_u and output:
+            if variant.norm_behind:
+                self.norm = OutputNorm(d_out, variant, head_dim)
+            else:
+                self.u = ScaleVector(d_out, "Input-Norm", variant.form)
+        if qk_norm and self.norm is None:
             self.norm = OutputNorm(head_dim, variant)
 
     def effective_weight(self):
@@ -215,6 +188,36 @@ def decay_groups(model, variant, weight_decay):
             name = role if role == "matrices" else f"{role} scale vectors"
             groups.append({"name": name, "params": params, "weight_decay": weight_decay if decays else 0.0})
     return groups
+
+
+# ---------------------------------------------------------------------------------------------------
+# The derivative of Norm, by hand
+
+
+class Norm(torch.autograd.Function):
+    """norm_formula with its derivative in closed form, in half of the time. With g = dL/dy
+
+        dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all that share u
+
+    The projection takes out the part along x, as rescaling x changes nothing: it is that of Theorem 3.2.
+    """
+
+    @staticmethod
+    def forward(ctx, x, u):
+        y, n, r = norm_formula(x, u)
+        ctx.save_for_backward(n.to(x.dtype), r, u)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        n, r, u = ctx.saved_tensors
+        gn, du = g * n, None
+        if u is not None:
+            du = gn.to(u.dtype).sum_to_size(u.shape)
+            g, gn = u * g, u * gn
+        along = gn.mean(-1, keepdim=True, dtype=r.dtype)
+        return torch.addcmul(g, n, along, value=-1).mul_(r).to(n.dtype), du
 
 
 # ---------------------------------------------------------------------------------------------------
