@@ -52,7 +52,8 @@ def norm_formula(x, u=None):
 
 def normalize(x, u=None):
     """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2)."""
-    if torch.compiler.is_compiling():  # fuses the formula; torch 2.11's takes a wrong gradient of Norm
+    # A compiler fuses the formula by itself, and that of torch 2.11 gets the gradient of Norm wrong.
+    if torch.compiler.is_compiling():
         return norm_formula(x, u)[0]
     return Norm.apply(x, u)
 

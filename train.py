@@ -111,6 +111,12 @@ class Diverged(Exception):
     """The loss or the gradient of a run is not finite."""
 
 
+def require_finite(settings, step, **values):
+    if not all(map(math.isfinite, values.values())):
+        found = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise Diverged(f"diverged at step {step} with --lr={settings.lr:g}: {found}")
+
+
 def train(settings, data, machine, folder):
     """One run, from its start or its checkpoint to its end, or to where somebody stops it.
 
@@ -139,9 +145,8 @@ def train(settings, data, machine, folder):
         machine.average([p.grad for p in model.parameters()])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
         train_loss = machine.sum([loss.item()])[0] / machine.processes
-        if not math.isfinite(train_loss + grad_norm):  # before it touches a weight
-            where = f"step {record.step + 1} with --lr={settings.lr:g}"
-            raise Diverged(f"diverged at {where}: loss {train_loss:g}, gradient norm {grad_norm:g}")
+        # Before it touches a weight.
+        require_finite(settings, record.step + 1, loss=train_loss, gradient_norm=grad_norm)
 
         lr = learning_rate(settings, record.step)
         for optimizer in optimizers:
@@ -159,9 +164,7 @@ def train(settings, data, machine, folder):
             record.add_evaluation(settings, lr, val_loss, grad_norm, machine)
             record.scales += scale_rows(model, record.step, expert_load)
             folder.write_tables(record)
-            if not math.isfinite(val_loss):
-                where = f"step {record.step} with --lr={settings.lr:g}"
-                raise Diverged(f"diverged at {where}: validation loss {val_loss:g}")
+            require_finite(settings, record.step, validation_loss=val_loss)
         stopping = machine.sum([STOP.requested])[0] > 0
         if last or stopping or (settings.checkpoint_every and record.step % settings.checkpoint_every == 0):
             folder.save(settings, model, optimizers, record)
@@ -248,7 +251,7 @@ def scale_rows(model, step, load):
     return rows
 
 
-# # ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # A first reading can end here.
 #
 # The run folder: nothing in it is ever half a file under a whole file's name
@@ -312,6 +315,8 @@ class RunFolder:
 
     def save(self, settings, model, optimizers, record):
         """All that going on needs, as checkpoint.pt."""
+        if not self.writes:
+            return
         contents = {
             "settings": dataclasses.asdict(settings),
             "record": dataclasses.asdict(record),
@@ -1063,6 +1068,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # as any other tool, it ends where nobody reads (`| head`)
+    if hasattr(
+        signal, "SIGPIPE"
+    ):  # where nobody reads (`| head`) it ends, as any tool: at a line, just after a checkpoint
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
