@@ -29,6 +29,7 @@ activations (tokens x d_in). DNP folds v, multiplies, normalises, and then scale
 
 import copy
 import difflib
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -273,23 +274,24 @@ class NormScale:
     @classmethod
     def parse(cls, text):
         """The variant that a string such as "hg+dp+or" names. Raises ValueError with one line that helps."""
+
+        def mistake(what):
+            return ValueError(f"{what} {GRAMMAR_IN_WORDS}")
+
         words = text.strip().lower().split("+")
         if words == ["none"]:
             return cls("none", has_vectors=False, has_v=False)
         chosen = {}  # row of the grammar -> part
-        for word in words:
-            for part in SHORT.get(word, [word]):
-                row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
-                if part == "none":
-                    raise ValueError(f"'none' stands alone, not as a part of {text!r}; {GRAMMAR_IN_WORDS}")
-                if row is None:
-                    meant = difflib.get_close_matches(part, KNOWN, n=1, cutoff=0)[0]
-                    unknown = f"unknown part {part!r} in {text!r}, did you mean {meant!r}?"
-                    raise ValueError(f"{unknown} {GRAMMAR_IN_WORDS}")
-                if row in chosen:
-                    clash = f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row}"
-                    raise ValueError(f"{clash}; {GRAMMAR_IN_WORDS}")
-                chosen[row] = part
+        for part in itertools.chain(*(SHORT.get(word, [word]) for word in words)):
+            row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
+            if part == "none":
+                raise mistake(f"'none' stands alone, not as a part of {text!r};")
+            if row is None:
+                meant = difflib.get_close_matches(part, KNOWN, n=1, cutoff=0)[0]
+                raise mistake(f"unknown part {part!r} in {text!r}, did you mean {meant!r}?")
+            if row in chosen:
+                raise mistake(f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};")
+            chosen[row] = part
         parts = [chosen[row] for row in GRAMMAR if row in chosen]
         fields = {}
         for row, part in chosen.items():
@@ -298,9 +300,8 @@ class NormScale:
 
     def describe(self):
         """The variant in words, a line for each part."""
-        if not self.has_vectors:
-            return ["none: W Norm(x), no scale vector anywhere"]
         words = {part: text for parts in GRAMMAR.values() for part, (_, text) in parts.items()}
+        words["none"] = "W Norm(x), no scale vector anywhere"
         words["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
         parts = SHORT["unified"] if self.label == "unified" else self.label.split("+")
         return [f"{part}: {words[part]}" for part in parts]
