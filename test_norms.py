@@ -865,7 +865,8 @@ def test_what_is_no_stock_llama(variant, model):
 @pytest.mark.parametrize("variant", ["none", "standard", "unified", "hg+dp+or"])
 @pytest.mark.parametrize("model, compiled", [("tiny", "on"), ("gemma-tiny", "on"), ("moe-tiny", "off")])
 def test_bfloat16_on_a_gpu(small, monkeypatch, model, compiled, variant):
-    flags = [f"--model={model}", f"--norm-scale={variant}", "--d-model=64", "--device=cuda"]
+    # At the preset's rate of 4e-3 a rounding of the weights moves these losses by 0.09, in float32 too.
+    flags = [f"--model={model}", f"--norm-scale={variant}", "--lr=1e-3", "--d-model=64", "--device=cuda"]
     fast = [*flags, f"--compile={compiled}", "--dtype=bfloat16"]
     small(*flags, "--dtype=float32", "--compile=off", "--out-dir=exact")
     torch._dynamo.reset()
