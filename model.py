@@ -18,6 +18,110 @@ from torch import nn
 from norms import Branch, NormScale, OutputNorm, ScaleVector, normalize, shared_vector
 
 # ---------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one model."""
+
+    d_model: int
+    n_head: int
+    n_layer: int
+    d_ff: int  # hidden width of the FFN, or of the shared expert
+    vocab_size: int
+    seq_len: int
+    norm_scale: NormScale = NormScale()
+    gemma: bool = False  # Q/K-norm, and an Output-Norm on what attention and FFN emit
+    n_expert: int = 0  # routed experts beside the shared one, of hidden width int(2 d/3); 0: a dense FFN
+    top_k: int = 0  # routed experts that a token visits
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, variant = config.d_model, config.norm_scale
+        self.attention = Attention(config)
+        self.is_mixture = config.n_expert > 0
+        if self.is_mixture:
+            self.ffn = MixtureOfExperts(config)
+        else:
+            self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
+        # Gemma normalises what both emit before it is added.
+        self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
+        self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
+
+    def forward(self, x, rotation):
+        """x (B, T, d) -> the next x, the balance loss (0 of a dense FFN), the load of each expert (B, E)."""
+        x = x + self.attention_out(self.attention(normalize(x), rotation))
+        n = normalize(x)
+        if self.is_mixture:
+            y, balance_loss, load = self.ffn(n)
+        else:
+            y, balance_loss, load = self.ffn(n), x.new_zeros(()), x.new_zeros(len(x), 0)
+        return x + self.ffn_out(y), balance_loss, load
+
+
+class Transformer(nn.Module):
+    """Tokens (B, T) to logits (B, T, V), or to losses where the targets (B, T) are given.
+
+    Weights are uninitialised until `init_weights`, so that a model can be counted on the meta device.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
+        self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Matrices ~ N(0, std^2), std 0.02, or onto the residual stream 0.02 / sqrt(2 layers).
+
+        Scale vectors start at 1 and take no random number: with one seed every variant starts from the
+        same matrices. Returns the model.
+        """
+        onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
+        onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            if p.ndim == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in onto_the_stream else 0.02
+                p.normal_(std=std, generator=generator)
+        return self
+
+    def forward(self, tokens, targets=None):
+        """Logits, or with targets (language loss in nats a token, balance loss, expert load (layers, B, E)).
+
+        Targets of -100 do not count. A dense model's balance loss is 0, and it has E = 0 experts.
+        """
+        x = F.embedding(tokens, self.embedding)
+        balance_losses, loads = [], []
+        for block in self.blocks:
+            x, balance_loss, load = block(x, self.rotation)
+            balance_losses.append(balance_loss)
+            loads.append(load)
+        logits = self.head(normalize(x))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return loss, torch.stack(balance_losses).mean(), torch.stack(loads)
+
+    @torch.no_grad()
+    def generate(self, tokens, count, generator=None):
+        """`count` tokens after `tokens` (1, T), sampled at temperature 1: (1, T + count)."""
+        for _ in range(count):
+            logits = self(tokens[:, -self.config.seq_len :])[:, -1]
+            following = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+            tokens = torch.cat([tokens, following.to(tokens.device)], dim=1)
+        return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -85,9 +189,9 @@ class MixtureOfExperts(nn.Module):
         y = FFN_shared(n) + sum over the k largest p_i of p_i FFN_i(n),     p = softmax(W_router n)
 
     The p_i are used as they are, not renormalised over the k. No token is dropped. Balance loss (Switch),
-    for each sequence, then averaged: E sum_i f_i P_i, with f_i the share of the kT assignments that went
-    to expert i and P_i its mean probability; it is 1 where the load is even.
-    Returns y (B, T, d), the balance loss, and f (B, E).
+    for each sequence, then averaged: E sum_i f_i P_i, with f_i its load, the share of the kT assignments
+    that went to expert i, and P_i its mean probability; it is 1 where the load is even.
+    Returns y (B, T, d), the balance loss, and the load (B, E).
     """
 
     def __init__(self, config):
@@ -97,14 +201,14 @@ class MixtureOfExperts(nn.Module):
         shared = shared_vector(d, variant)
         self.router = Branch(d, config.n_expert, variant, shared, output=False)
         self.shared_expert = SwiGLU(d, config.d_ff, variant, shared)
-        f = int(2 * d / 3)
-        self.experts = nn.ModuleList(SwiGLU(d, f, variant, shared) for _ in range(config.n_expert))
+        experts = (SwiGLU(d, int(2 * d / 3), variant, shared) for _ in range(config.n_expert))
+        self.experts = nn.ModuleList(experts)
 
     def forward(self, n):
         p = self.router(n).softmax(-1, dtype=torch.float32)  # (B, T, E)
         weight, expert = p.topk(self.top_k, dim=-1)  # (B, T, k)
-        f = F.one_hot(expert, self.n_expert).sum(2).float().mean(1) / self.top_k  # (B, E)
-        balance_loss = self.n_expert * (f * p.mean(1)).sum(-1).mean()
+        load = F.one_hot(expert, self.n_expert).sum(2).float().mean(1) / self.top_k  # (B, E)
+        balance_loss = self.n_expert * (load * p.mean(1)).sum(-1).mean()
 
         y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
         tokens, expert, weight = n.flatten(0, 1), expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)
@@ -113,113 +217,7 @@ class MixtureOfExperts(nn.Module):
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
             p_i = weight[visitor, choice, None]
             y = y.index_add(0, visitor, p_i * ffn(tokens[visitor]))
-        return y.view_as(n), balance_loss, f
-
-
-# ---------------------------------------------------------------------------------------------------
-# The model
-
-
-@dataclass(frozen=True)
-class Config:
-    """Sizes of one model."""
-
-    d_model: int
-    n_head: int
-    n_layer: int
-    d_ff: int  # hidden width of the FFN, or of the shared expert
-    vocab_size: int
-    seq_len: int
-    norm_scale: NormScale = NormScale()
-    gemma: bool = False  # Q/K-norm, and an Output-Norm on what attention and FFN emit
-    n_expert: int = 0  # routed experts beside the shared one, of hidden width int(2 d/3); 0: a dense FFN
-    top_k: int = 0  # routed experts that a token visits
-
-
-class Block(nn.Module):
-    """One layer: attention, then the feed-forward network, each added to the residual stream."""
-
-    def __init__(self, config):
-        super().__init__()
-        d, variant = config.d_model, config.norm_scale
-        self.attention = Attention(config)
-        self.is_mixture = config.n_expert > 0
-        if self.is_mixture:
-            self.ffn = MixtureOfExperts(config)
-        else:
-            self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
-        # Gemma normalises what both emit before it is added.
-        self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
-        self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
-
-    def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and of a mixture its balance loss and load (B, E), else twice None."""
-        x = x + self.attention_out(self.attention(normalize(x), rotation))
-        n, balance_loss, load = normalize(x), None, None
-        if self.is_mixture:
-            y, balance_loss, load = self.ffn(n)
-        else:
-            y = self.ffn(n)
-        return x + self.ffn_out(y), balance_loss, load
-
-
-class Transformer(nn.Module):
-    """Tokens (B, T) to logits (B, T, V), or to losses where the targets (B, T) are given.
-
-    Weights are uninitialised until `init_weights`, so that a model can be counted on the meta device.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
-        self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
-
-    @torch.no_grad()
-    def init_weights(self, seed):
-        """Matrices ~ N(0, std^2), std 0.02, or onto the residual stream 0.02 / sqrt(2 layers).
-
-        Scale vectors start at 1 and take no random number: with one seed every variant starts from the
-        same matrices. Returns the model.
-        """
-        onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
-        onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
-        generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            if p.ndim == 2:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in onto_the_stream else 0.02
-                p.normal_(std=std, generator=generator)
-        return self
-
-    def forward(self, tokens, targets=None):
-        """Logits, or with targets (language loss in nats a token, balance loss, expert load (layers, B, E)).
-
-        Targets of -100 do not count. A dense model's balance loss is 0 and its load None.
-        """
-        x = F.embedding(tokens, self.embedding)
-        balance_losses, loads = [], []
-        for block in self.blocks:
-            x, balance_loss, load = block(x, self.rotation)
-            balance_losses.append(balance_loss)
-            loads.append(load)
-        logits = self.head(normalize(x))
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        if not self.config.n_expert:
-            return loss, torch.zeros_like(loss), None
-        return loss, torch.stack(balance_losses).mean(), torch.stack(loads)
-
-    @torch.no_grad()
-    def generate(self, tokens, count, generator=None):
-        """`count` tokens after `tokens` (1, T), sampled at temperature 1: (1, T + count)."""
-        for _ in range(count):
-            logits = self(tokens[:, -self.config.seq_len :])[:, -1]
-            following = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
-            tokens = torch.cat([tokens, following.to(tokens.device)], dim=1)
-        return tokens
+        return y.view_as(n), balance_loss, load
 
 
 # ---------------------------------------------------------------------------------------------------

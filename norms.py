@@ -62,11 +62,20 @@ def normalize(x, u=None):
 # ---------------------------------------------------------------------------------------------------
 # Scale vectors
 
-FORMS = {  # how a scale vector is written -> (what each raw parameter starts at, gamma as a function of them)
-    "direct": ({"gamma": 1.0}, lambda gamma: gamma),
+FORMS = {  # how a scale vector is written -> (its raw parameters at the start, gamma as a function of them)
+    "direct": (
+        lambda d: {"gamma": torch.ones(d)},
+        lambda gamma: gamma,
+    ),
     # No epsilon in OR: the conservation laws of Theorem 3.2 hold for the exact Norm alone.
-    "or": ({"beta": 1.0, "alpha": 1.0}, lambda beta, alpha: beta * len(alpha) ** 0.5 / alpha.norm() * alpha),
-    "er": ({"beta": 0.0, "alpha": 0.0}, lambda beta, alpha: beta.exp() * (alpha - alpha.mean()).exp()),
+    "or": (
+        lambda d: {"beta": torch.ones(1), "alpha": torch.ones(d)},
+        lambda beta, alpha: beta * len(alpha) ** 0.5 / alpha.norm() * alpha,
+    ),
+    "er": (
+        lambda d: {"beta": torch.zeros(1), "alpha": torch.zeros(d)},
+        lambda beta, alpha: beta.exp() * (alpha - alpha.mean()).exp(),
+    ),
 }
 
 
@@ -75,15 +84,15 @@ class ScaleVector(nn.Module):
 
     role is the paper's (section 2.2) and decides about weight decay: "Input-Norm" if the vector directly
     meets a linear map and can be folded into it, "Output-Norm" if it stands behind a Norm and sets the
-    size of what comes out. The raw beta has shape (1,), gamma and alpha (dim,).
+    size of what comes out.
     """
 
     def __init__(self, dim, role, form):
         super().__init__()
         self.role = role
-        start, self.form = FORMS[form]
-        for name, value in start.items():
-            self.register_parameter(name, nn.Parameter(torch.full((1 if name == "beta" else dim,), value)))
+        at_the_start, self.form = FORMS[form]
+        for name, value in at_the_start(dim).items():
+            self.register_parameter(name, nn.Parameter(value))
 
     def forward(self):
         return self.form(*self.parameters())  # in the order of FORMS

@@ -192,8 +192,7 @@ def evaluate(forward, data, settings, machine):
             loss, _, expert_load = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
         counted = min(at_once, windows - first)
         loss_sum += counted * loss.item()
-        if expert_load is not None:
-            load_sum += expert_load[:, :counted].sum(1).cpu()
+        load_sum += expert_load[:, :counted].sum(1).cpu()
     loss_sum, *load_sums = machine.sum([loss_sum, *load_sum.flatten().tolist()])
     return loss_sum / windows, torch.tensor(load_sums).view_as(load_sum) / windows
 
@@ -883,7 +882,7 @@ class Sweep:
 # ---------------------------------------------------------------------------------------------------
 # Timing
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16
+PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989}  # dense bfloat16
 
 
 def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
@@ -1068,8 +1067,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(
-        signal, "SIGPIPE"
-    ):  # where nobody reads (`| head`) it ends, as any tool: at a line, just after a checkpoint
+    if hasattr(signal, "SIGPIPE"):  # where nobody reads (`| head`) it ends, as any tool
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
