@@ -63,10 +63,7 @@ def normalize(x, u=None):
 # Scale vectors
 
 FORMS = {  # how a scale vector is written -> (its raw parameters at the start, gamma as a function of them)
-    "direct": (
-        lambda d: {"gamma": torch.ones(d)},
-        lambda gamma: gamma,
-    ),
+    "direct": (lambda d: {"gamma": torch.ones(d)}, lambda gamma: gamma),
     # No epsilon in OR: the conservation laws of Theorem 3.2 hold for the exact Norm alone.
     "or": (
         lambda d: {"beta": torch.ones(1), "alpha": torch.ones(d)},

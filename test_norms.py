@@ -1353,6 +1353,42 @@ def test_a_sweep_that_is_stopped_saves_what_is_under_way(command):
     assert statuses() == {"none": "interrupted", "hg": "interrupted"}
 
 
+STUBBORN = """
+import os, pathlib, signal, time
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(time.monotonic()))
+pathlib.Path(f"ready-{os.getpid()}").touch()
+began = time.monotonic()
+while len(signals) < 2 and time.monotonic() - began < 30:
+    time.sleep(0.01)
+raise SystemExit(0 if len(signals) == 2 else 9)
+"""
+
+
+def test_a_second_ctrl_c_reaches_every_run_of_a_sweep(small, monkeypatch):
+    popen, runs = subprocess.Popen, []
+
+    def stubborn(words, **how):
+        if words[0] != sys.executable:  # no run, but what asks for the processor's name
+            return popen(words, **how)
+        runs.append(popen([sys.executable, "-c", STUBBORN], **how))
+        return runs[-1]
+
+    def ctrl_c_twice():
+        while len(list(Path().glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    monkeypatch.setattr(subprocess, "Popen", stubborn)
+    fingers = threading.Thread(target=ctrl_c_twice)
+    fingers.start()
+    assert small("--norm-scale", "none", "hg", "--jobs=2") == 130
+    fingers.join()
+    assert [run.returncode for run in runs] == [0, 0]
+
+
 @pytest.mark.parametrize("ending, code, status", [("| head -n 12", 141, "running"), (">&-", 0, "done")])
 def test_a_closed_pipe_ends_it_as_any_tool_and_without_output_all_goes_on(command, ending, code, status):
     steps = 100_000 if code else 5
