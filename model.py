@@ -284,7 +284,7 @@ def count(config):
     """
     with torch.device("meta"):
         model = Transformer(config)
-    idle = set()  # as many experts as a token leaves out, without the vector that they may share with others
+    idle = set()  # the experts beyond top_k, but not the vector that they may share with the router
     for ffn in (m for m in model.modules() if isinstance(m, MixtureOfExperts)):
         idle |= set(ffn.experts[ffn.top_k :].parameters()) - set(ffn.router.parameters())
     active = set(model.parameters()) - idle

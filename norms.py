@@ -43,7 +43,10 @@ EPS = 1e-6  # added to the mean square of activations; the paper names none
 
 
 def norm_formula(x, u=None):
-    """y = u * n with n = r x and r = 1 / rms(x), along the last axis: (y in the dtype of x, n, r)."""
+    """y = u * n with n = r x and r = 1 / rms(x), along the last axis: (y in the dtype of x, n, r).
+
+    Its derivative stands in `Norm` below: who changes one changes the other.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 u would move in steps of 0.8 %
     r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
     n = r * wide
@@ -53,7 +56,7 @@ def norm_formula(x, u=None):
 
 def normalize(x, u=None):
     """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2)."""
-    # A compiler fuses the formula by itself, and that of torch 2.11 gets the gradient of Norm wrong.
+    # A compiler derives and fuses the formula by itself; torch 2.11 compiles our derivative wrongly.
     if torch.compiler.is_compiling():
         return norm_formula(x, u)[0]
     return Norm.apply(x, u)
@@ -102,8 +105,8 @@ class ScaleVector(nn.Module):
 class Branch(nn.Module):
     """One linear map W (d_out x d_in) of n = Norm(x), with what the variant puts around it:
 
-        y = W * (u v^T) n              none, standard, hg, ap, dp: u and v where there are any
-        y = u * Norm(W * v^T n)        dnp: `norm` is that Norm with its u, over head_dim entries at a time
+        y = (W * (u v^T)) n            none, standard, hg, ap, dp: u and v where there are any
+        y = u * Norm((W * v^T) n)      dnp: `norm` is that Norm with its u, over head_dim entries at a time
 
     shared: the v that all branches of a Norm share (see `shared_vector`). output=False: nothing on the
     output side in any variant. qk_norm: a Norm over head_dim entries in any variant, with one vector for

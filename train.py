@@ -7,8 +7,8 @@
 
 Read it from the top: a batch, the optimisers, the learning rate, the loop, evaluation. That is all of
 training; the rest keeps the folder that a run leaves (config.json, metrics.csv, scales.csv, checkpoint.pt),
-declares the settings, and carries out the command. In the loop, `machine` is the device and this process's
-place among several, `folder` the run's folder.
+declares the settings, and carries out the command. In the loop, `settings` are the flags in force, `data` the
+tokens, `machine` the device and this process's place among several, `folder` the run's folder.
 
 Randomness has an address: weights follow from the seed, a batch from (seed, step), an evaluation window
 from its index. So variants of one seed start from the same matrices and see the same batches, evaluating
@@ -88,17 +88,24 @@ def make_optimizers(model, settings):
 # The learning rate
 
 
-def learning_rate(settings, step):
-    """peak * min((step + 1) / warmup, schedule(step)) at step 0, 1, ...
+def cosine(settings, step):
+    """From 1 at the end of the warm-up down to a twentieth."""
+    progress = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 1 / 20 + (1 - 1 / 20) * (1 + math.cos(math.pi * progress)) / 2
 
-    cosine: from the end of the warm-up down to a twentieth; wsd: 1 until 80 % of the steps, then linear to 0.
-    """
-    if settings.schedule == "wsd":
-        schedule = (settings.steps - step) / (0.2 * settings.steps)
-    else:
-        progress = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-        schedule = 1 / 20 + (1 - 1 / 20) * (1 + math.cos(math.pi * progress)) / 2
-    return settings.lr * min(1, (step + 1) / max(1, settings.warmup_steps), schedule)
+
+def wsd(settings, step):
+    """Warm-up, stable, decay: 1 until 80 % of the steps, then linear to 0."""
+    return min(1, (settings.steps - step) / (0.2 * settings.steps))
+
+
+SCHEDULES = {"cosine": cosine, "wsd": wsd}
+
+
+def learning_rate(settings, step):
+    """peak * min(1, (step + 1) / warmup, schedule(step)) at step 0, 1, ..."""
+    warmup = min(1, (step + 1) / max(1, settings.warmup_steps))
+    return settings.lr * min(warmup, SCHEDULES[settings.schedule](settings, step))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -183,7 +190,8 @@ def evaluate(forward, data, settings, machine):
     windows = settings.eval_tokens // T
     loss_sum, load_sum = 0.0, torch.zeros(settings.n_layer, settings.n_expert)
     for first in range(machine.rank * at_once, windows, machine.processes * at_once):
-        # Every micro-batch has the same shape; where windows run out, targets of -100 do not count.
+        # Every micro-batch has the same shape: the last is filled up with copies of the last window, whose
+        # targets of -100 do not count.
         index = np.arange(first, first + at_once)
         starts = T * index.clip(max=windows - 1)
         tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
@@ -337,6 +345,8 @@ class RunFolder:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             return Record(**saved["record"])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever torch makes of bytes that it did not write
             raise UserError(
                 f"{path} is no checkpoint of this run ({first_line(error)}); --overwrite starts anew"
@@ -368,12 +378,12 @@ def load(folder):
 # Settings: each is declared once, and all that depends on them follows from here
 
 
-def setting(kind, what, default=None, several=False, detail=False):
+def setting(kind, what, default, several=False, detail=False):
     """A field of Settings.
 
-    kind: an argparse type, a list of choices, or None for what has no flag. default: a value, a function of
-    the settings above it, or None for the preset's. several: the flag takes several values, for as many runs.
-    detail: another value makes no other run, as its losses are the same up to rounding.
+    kind: an argparse type, a list of choices, or None for what has no flag. default: a value, or a function
+    of the settings above it. several: the flag takes several values, for as many runs. detail: the losses
+    are the same up to rounding, so another value makes no other run: it is in no name, and --resume takes it.
     """
     about = dict(kind=kind, what=what, default=default, several=several, detail=detail)
     return dataclasses.field(metadata=about)
@@ -408,6 +418,11 @@ def width(text):
     return text if text.startswith("+") else int(text)
 
 
+def preset(name, otherwise=None):
+    """A default: what the preset says of this name."""
+    return lambda s: s.preset.get(name, otherwise)
+
+
 def default_lr(s):
     """The preset's peak for Muon or for wsd, where it has one, or else for AdamW."""
     name = "lr_muon" if s.optimizer == "muon" else f"lr_{s.schedule}"
@@ -425,41 +440,42 @@ def default_compile(s):
 
 def default_micro_batch(s):
     """The largest part of a process's share of the batch that fits into the preset's tokens at once."""
-    share, limit = s.batch_size // s.machine.processes, s.preset.get("tokens_at_once", math.inf) / s.seq_len
-    return next((m for m in range(share, 0, -1) if share % m == 0 and m <= limit), 1)
+    share = s.batch_size // s.machine.processes
+    limit = s.preset.get("tokens_at_once", math.inf) / s.seq_len
+    return max((m for m in range(1, share + 1) if share % m == 0 and m <= limit), default=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that one run depends on.
 
-    A field is a flag and a key of config.json. Where it differs from the preset's it is also part of the
+    A field is a flag and a key of config.json. Where it differs from the default it is also part of the
     folder's name and of the command that makes the run again. --resume checks it.
     """
 
     model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
     norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
     optimizer: str = setting(["adamw", "muon"], "muon: for the matrices inside the blocks", "adamw")
-    schedule: str = setting(["cosine", "wsd"], "cosine, or constant and then linear to 0", "cosine")
+    schedule: str = setting(list(SCHEDULES), "cosine, or constant and then linear to 0", "cosine")
     lr: float = setting(number(float, 1e-9), "peak learning rate", default_lr, several=True)
     seed: int = setting(number(int, 0), "of weights and batches", 0, several=True)
-    batch_size: int = setting(number(int, 1), "sequences a step, over all processes")
-    seq_len: int = setting(number(int, 1), "tokens a sequence")
-    steps: int = setting(number(int, 1), "optimiser steps")
-    d_model: int = setting(number(int, 2), "width")
-    n_layer: int = setting(number(int, 1, 1024), "layers")
-    n_head: int = setting(number(int, 1, 1024), "attention heads")
+    batch_size: int = setting(number(int, 1), "sequences a step, over all processes", preset("batch_size"))
+    seq_len: int = setting(number(int, 1), "tokens a sequence", preset("seq_len"))
+    steps: int = setting(number(int, 1), "optimiser steps", preset("steps"))
+    d_model: int = setting(number(int, 2), "width", preset("d_model"))
+    n_layer: int = setting(number(int, 1, 1024), "layers", preset("n_layer"))
+    n_head: int = setting(number(int, 1, 1024), "attention heads", preset("n_head"))
     d_ff: int = setting(width, "hidden width, or +n for n more", lambda s: paper_d_ff(s.d_model))
     vocab_size: int = setting(None, "tokens", lambda s: s.preset.get("vocab_size", s.data_vocab_size))
-    gemma: bool = setting(None, "Gemma's extra norms", lambda s: s.preset.get("gemma", False))
-    n_expert: int = setting(None, "routed experts", lambda s: s.preset.get("n_expert", 0))
-    top_k: int = setting(None, "of them for a token", lambda s: s.preset.get("top_k", 0))
+    gemma: bool = setting(None, "Gemma's extra norms", preset("gemma", False))
+    n_expert: int = setting(None, "routed experts", preset("n_expert", 0))
+    top_k: int = setting(None, "of them for a token", preset("top_k", 0))
     weight_decay: float = setting(number(float, 0), "of matrices and of --norm-scale's vectors", 0.1)
     grad_clip: float = setting(number(float, 0), "largest norm of the gradient; 0: any", 1.0)
     warmup_steps: int = setting(number(int, 0), "steps to the peak", lambda s: max(10, s.steps // 20))
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
-    eval_every: int = setting(number(int, 1), "steps from one evaluation to the next")
-    eval_tokens: int = setting(number(int, 1, 10**12), "evaluate on this many of the first tokens of val.bin")
+    eval_every: int = setting(number(int, 1), "steps from one evaluation to the next", preset("eval_every"))
+    eval_tokens: int = setting(number(int, 1, 10**12), "of val.bin, the first", preset("eval_tokens"))
     dtype: str = setting(["auto", "float32", "bfloat16"], "of products", default_dtype)
     device: str = setting(["auto", "cpu", "cuda", "mps"], "GPU or not", lambda s: s.machine.best, detail=True)
     compile: str = setting(["auto", "on", "off"], "torch.compile", default_compile, detail=True)
@@ -472,14 +488,13 @@ IN_EVERY_NAME = ("model", "norm_scale", "optimizer", "schedule", "lr", "seed")
 
 
 def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
-    """(the Settings in force, {name: value} of those that differ from the preset's): given or default."""
-    preset = PRESETS[given.get("model") or "tiny"]
-    s = SimpleNamespace(preset=preset, machine=machine, data_vocab_size=data_vocab_size)
+    """(the Settings in force, {name: value} of those that differ from the default): given or default."""
+    s = SimpleNamespace(
+        preset=PRESETS[given.get("model") or "tiny"], machine=machine, data_vocab_size=data_vocab_size
+    )
     changed = {}
     for name, field in FIELDS.items():
-        default = preset[name] if field["default"] is None else field["default"]
-        if callable(default):
-            default = default(s)
+        default = field["default"](s) if callable(field["default"]) else field["default"]
         value = given.get(name)
         if name == "steps" and given.get("tokens"):
             value = math.ceil(given["tokens"] / (s.batch_size * s.seq_len))
@@ -523,7 +538,7 @@ def command_line():
         if field["several"]:
             how |= {"nargs": "+", "metavar": "VALUE"}
         default = field["default"]
-        if default is None or callable(default):
+        if callable(default):
             default = "auto" if "auto" in how.get("choices", []) else "the preset's"
         group = length if name == "steps" else parser
         group.add_argument(f"--{name.replace('_', '-')}", help=f"{field['what']} (default: {default})", **how)
@@ -873,7 +888,8 @@ class Sweep:
         gained = sum(self.done[name] - before for name, before in self.done_before.items())
         left = "?"
         if gained > 0:
-            left = f"{(time.monotonic() - self.began) * (len(self.done) - sum(self.done.values())) / gained:,.0f}"
+            to_do = len(self.done) - sum(self.done.values())
+            left = f"{(time.monotonic() - self.began) * to_do / gained:,.0f}"
         finished = sum(share == 1 for share in self.done.values())
         under_way = ", ".join(f"{run} {self.done[run]:.0%}" for run in list(self.processes))
         show(f"{finished} of {len(self.done)} done, {left} s left: {under_way}")
@@ -898,7 +914,7 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
         for loop, taken in zip(loops, milliseconds):
             for _ in range(steps):
                 started = time.perf_counter()
-                next(loop)  # on a GPU the loss is waited for, and with it the step before
+                next(loop)  # on a GPU it waits for the loss; what is left to do, the next step waits for
                 taken.append(1000 * (time.perf_counter() - started))
     rows = []
     for plan, taken in zip(plans, milliseconds):
@@ -953,7 +969,7 @@ def check(s, data, machine):
 
 
 def ended(plan, data, args):
-    """ "done" or "diverged" for a run that is over, else None. UserError where another run is in its folder."""
+    """done or diverged, for a run that is over, else None. UserError where another run is in its folder."""
     path, config = plan.folder.path, plan.folder.config()
     if args.overwrite or not config:
         return None
@@ -976,7 +992,8 @@ def plans_of(args, data, machine):
     if data:
         vocab_size, val_tokens, sha256 = data.vocab_size, len(data.val), data.sha256
     plans = []
-    for values in itertools.product(*(dict.fromkeys(getattr(args, name) or [None]) for name in several)):
+    values_of = [dict.fromkeys(getattr(args, name) or [None]) for name in several]  # none of them twice
+    for values in itertools.product(*values_of):
         s, changed = resolve(vars(args) | dict(zip(several, values)), machine, vocab_size, val_tokens)
         if s.d_model % s.n_head:
             raise UserError(f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
