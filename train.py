@@ -74,14 +74,15 @@ def batch(data, settings, step, machine):
 def make_optimizers(model, settings):
     """AdamW on everything, or Muon on the matrices inside the blocks and AdamW on the rest."""
     matrices, *vectors = decay_groups(model, model.config.norm_scale, settings.weight_decay)
-    muon = []
+    lr, optimizers = settings.lr, []
     if settings.optimizer == "muon":
-        inside = {p for p in model.blocks.parameters() if p.ndim == 2}
-        in_blocks = {**matrices, "params": [p for p in matrices["params"] if p in inside]}
-        matrices = {**matrices, "params": [p for p in matrices["params"] if p not in inside]}
-        muon = [torch.optim.Muon([in_blocks], lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
-    adamw = torch.optim.AdamW([matrices, *vectors], lr=settings.lr, betas=(0.9, 0.95), fused=True)
-    return [*muon, adamw]
+        in_blocks = set(model.blocks.parameters())
+        hidden = {**matrices, "params": [p for p in matrices["params"] if p in in_blocks]}
+        matrices["params"] = [p for p in matrices["params"] if p not in in_blocks]
+        muon = torch.optim.Muon([hidden], lr=lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    optimizers.append(torch.optim.AdamW([matrices, *vectors], lr=lr, betas=(0.9, 0.95), fused=True))
+    return optimizers
 
 
 # ---------------------------------------------------------------------------------------------------
