@@ -9,12 +9,11 @@ A run is a folder with config.json and metrics.csv, as train.py leaves it. Diffe
 are taken seed by seed: equal first weights and equal batches remove most of the noise between seeds.
 """
 
-import argparse
+import csv
 import io
 import json
 import math
 import os
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from statistics import fmean, stdev
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure  # without pyplot: no window, and no backend forced on a notebook
 from matplotlib.ticker import EngFormatter
+
+from prepare_data import CommandLine, run_as_a_tool, use_any_terminal
 
 # ---------------------------------------------------------------------------------------------------
 # Reading runs
@@ -59,12 +59,8 @@ def reading(folder):
 
 
 def read_table(path):
-    """A CSV file as [{column: text}, ...], without a last line that was cut off; [] without a file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    rows = [line.split(",") for line in text.split("\n")[:-1]]
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"{path.name}: lines with different numbers of fields")
-    return [dict(zip(rows[0], row)) for row in rows[1:]]
+    """A CSV file as [{column: text}, ...]; [] without a file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
 
 
 def read_run(folder):
@@ -85,19 +81,17 @@ def read_run(folder):
 
 
 def read_runs(folders):
-    """All runs below the folders, through links too; each folder once, by however many ways it is reached."""
-    runs, seen = [], set()
+    """All runs below the folders, each once."""
+    found = {}
     for root in folders:
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {root}")
-        for folder, below, files in os.walk(root, followlinks=True):
-            below.sort()
-            if os.path.realpath(folder) in seen:
-                below.clear()  # goes no deeper: links may form a cycle
-            elif "config.json" in files:
-                with reading(folder):
-                    runs.append(read_run(Path(folder)))
-            seen.add(os.path.realpath(folder))
+        for path in sorted(Path(root).rglob("config.json")):
+            found.setdefault(path.resolve(), path.parent)
+    runs = []
+    for folder in found.values():
+        with reading(folder):
+            runs.append(read_run(folder))
     if not any(run.loss for run in runs):
         raise ValueError(f"no run with an evaluation in {', '.join(map(str, folders))}; train.py makes one")
     return runs
@@ -247,24 +241,23 @@ MARKERS = "oD^vPX*dp<>hs"  # for print in grey; a prime number, so that every li
 
 
 def looks(curves):
-    """{curve: line style}, no two alike: baselines black, the others coloured."""
+    """{curve: line style}: baselines black, the others coloured; no two of 52, and of 312, are alike."""
     styles = {}
-    for curve in curves:
-        colours = ["black"] if curve.base is curve else OKABE_ITO
-        i = sum(style["color"] in colours for style in styles.values())
-        if i == len(colours) * len(DASHES) * len(MARKERS):
-            raise ValueError(f"{len(curves)} curves cannot be told apart; give the folders of fewer")
-        line = {"color": colours[i % len(colours)], "ls": DASHES[i // len(colours) % len(DASHES)], "lw": 1.8}
-        marker = MARKERS[-1 - i % 13] if curve.base is curve else MARKERS[i % 13]
-        styles[curve] = line | {"marker": marker, "markersize": 4.5}
+    for is_base, colours, markers in (True, ["black"], MARKERS[::-1]), (False, OKABE_ITO, MARKERS):
+        for i, curve in enumerate(curve for curve in curves if (curve.base is curve) == is_base):
+            styles[curve] = {
+                "color": colours[i % len(colours)],
+                "ls": DASHES[i // len(colours) % len(DASHES)],
+                "lw": 1.8,
+                "marker": markers[i % len(markers)],
+                "markersize": 4.5,
+            }
     return styles
 
 
 def plain(text):
-    """Text that matplotlib draws as it is: $ is no formula, and what its font lacks an escape, not a box."""
-    known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
-    drawn = [c if ord(c) in known else c.encode("unicode_escape").decode() for c in text]
-    return "".join(drawn).replace("$", r"\$")
+    """Text that matplotlib draws as it is, with no formula between $ and $."""
+    return text.replace("$", r"\$")
 
 
 def add_legend(axis, lines, **where):
@@ -602,21 +595,10 @@ STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"
 STYLE |= {"font.size": 11, "axes.titlesize": 12, "grid.alpha": 0.3}
 
 
-def say(lines):
-    """Prints what the terminal can show, ? for the rest, and nothing where there is none (pythonw, >&-)."""
-    if sys.stdout is None:
-        return
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print("\n".join(lines).encode(encoding, "replace").decode(encoding), flush=True)
-    except OSError:  # nobody reads on, as after `| head`; what is not yet flushed goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(arguments=None):
     """The command line."""
-    parser = argparse.ArgumentParser("plot.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda mistake: parser.exit(2, f"plot.py: error: {' '.join(str(mistake).split())}\n")
+    use_any_terminal()
+    parser = CommandLine("plot.py", description=__doc__.split("\n")[0])
     add, kinds = parser.add_argument, ("loss", "weights", "scaling", "theory")
     add("folders", nargs="*", metavar="FOLDER", default=["runs"], help="where runs are (default: runs)")
     add("--kind", choices=kinds, default="loss", help="which picture (default: loss)")
@@ -640,9 +622,10 @@ def main(arguments=None):
             figure.savefig(whole, format=out.suffix[1:].lower(), dpi=160)
             out.write_bytes(whole.getvalue())
     except (ValueError, OSError) as mistake:
-        parser.error(mistake)
-    say([*lines, *left_out(runs), str(out)])
+        parser.error(str(mistake))
+    for line in (*lines, *left_out(runs), out):
+        print(line)
 
 
 if __name__ == "__main__":
-    main()
+    run_as_a_tool(main)

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.request
@@ -350,6 +351,13 @@ def use_any_terminal():
         setattr(sys, name, stream)
 
 
+def run_as_a_tool(main):
+    """A program from the command line. Where nobody reads on (`| head`) it ends, as any tool."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())
+
+
 def main(argv=None):
     use_any_terminal()
     parser = CommandLine("prepare_data.py", description="Text to tokens: train.bin and val.bin in a folder.")
@@ -370,13 +378,10 @@ def main(argv=None):
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted, nothing written\n")
-    try:
-        print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate,")
-        print(f"a vocabulary of {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes of text a token")
-        print(f'next: python train.py --data="{folder}"', flush=True)
-    except OSError:  # the reader of a pipe has gone (`| head`): the data is there all the same
-        sys.stdout = None  # Python would write once more at the end
+    print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate,")
+    print(f"a vocabulary of {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes of text a token")
+    print(f'next: python train.py --data="{folder}"')
 
 
 if __name__ == "__main__":
-    main()
+    run_as_a_tool(main)

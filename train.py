@@ -699,6 +699,8 @@ def run(plan, data, machine, resume):
         say(describe(settings))
         if not resume:
             folder.clear()
+        elif not (folder.path / "checkpoint.pt").exists():
+            say("no checkpoint to go on from, starts at step 0")
         machine.sum([0])  # all are here
         config = what_made_it(plan, data, machine)
         folder.write_config(config, "running")
@@ -1039,14 +1041,10 @@ def execute(args):
         raise UserError(f"torchrun trains one run at a time: {one}")
 
     endings = [ended(plan, data, args) for plan in plans]  # of all, before one starts
-    remaining = []
     for plan, ending in zip(plans, endings):
         if ending:
             say(f"{plan.name}: {ending} already")
-        else:
-            remaining.append(plan)
-            if args.resume and not (plan.folder.path / "checkpoint.pt").exists():
-                say(f"{plan.name}: no checkpoint to go on from, starts at step 0")
+    remaining = [plan for plan, ending in zip(plans, endings) if not ending]
     code = int("diverged" in endings)
     if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
@@ -1085,6 +1083,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # where nobody reads (`| head`) it ends, as any tool
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main())
+    prepare_data.run_as_a_tool(main)
