@@ -149,8 +149,12 @@ def make_curves(runs, baseline):
         key = tuple(run.config[name] for name in SETTINGS)
         seeds = curves.setdefault(key, Curve(run.config, {})).rates.setdefault(run.config["lr"], {})
         twin = seeds.setdefault(run.config["seed"], run)
-        if twin.loss != run.loss or twin.state != run.state:  # else it is a copy, and counts once
+        shared = run.loss.keys() & twin.loss.keys()  # a copy, perhaps evaluated more often, counts once
+        losses = [[one.loss[tokens] for tokens in shared] for one in (run, twin)]
+        if losses[0] != losses[1] or run.state != twin.state:
             raise ValueError(f"{twin.folder} and {run.folder}: the same settings and seed, but other losses")
+        if len(run.loss) > len(twin.loss):
+            seeds[run.config["seed"]] = run
     curves = list(curves.values())
     name_curves(curves)
     find_bases(curves, baseline)

@@ -1361,32 +1361,45 @@ pathlib.Path(f"ready-{os.getpid()}").touch()
 began = time.monotonic()
 while len(signals) < 2 and time.monotonic() - began < 30:
     time.sleep(0.01)
-raise SystemExit(0 if len(signals) == 2 else 9)
+raise SystemExit(0 if len(signals) == 2 and signals[1] - signals[0] > 1 else 9)
 """
 
 
-def test_a_second_ctrl_c_reaches_every_run_of_a_sweep(small, monkeypatch):
+def test_each_ctrl_c_reaches_every_run_of_a_sweep_once(small, monkeypatch):
+    """The first comes while the second run is being started, the other two seconds later."""
     popen, runs = subprocess.Popen, []
 
     def stubborn(words, **how):
         if words[0] != sys.executable:  # no run, but what asks for the processor's name
             return popen(words, **how)
-        runs.append(popen([sys.executable, "-c", STUBBORN], **how))
-        return runs[-1]
-
-    def ctrl_c_twice():
-        while len(list(Path().glob("ready-*"))) < 2:
-            time.sleep(0.01)
-        for _ in range(2):
+        run = popen([sys.executable, "-c", STUBBORN], **how)
+        runs.append(run)
+        if "--norm-scale=hg" in words:
+            while len(list(Path().glob("ready-*"))) < 2:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            time.sleep(0.5)
+        return run
 
     monkeypatch.setattr(subprocess, "Popen", stubborn)
-    fingers = threading.Thread(target=ctrl_c_twice)
-    fingers.start()
     assert small("--norm-scale", "none", "hg", "--jobs=2") == 130
-    fingers.join()
     assert [run.returncode for run in runs] == [0, 0]
+
+
+def test_an_overwritten_run_of_a_sweep_does_not_pass_for_done_before_its_turn(small, monkeypatch):
+    sweep, popen = ["--norm-scale", "none", "hg", "--steps=5"], subprocess.Popen
+    assert small(*sweep) == 0 and statuses() == {"none": "done", "hg": "done"}
+
+    def killing(words, **how):
+        process = popen(words, **how)
+        process.kill()
+        return process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", killing)
+        assert small(*sweep, "--overwrite") == 1
+    assert statuses() == {}
 
 
 @pytest.mark.parametrize("ending, code, status", [("| head -n 12", 141, "running"), (">&-", 0, "done")])
@@ -1405,7 +1418,9 @@ def test_a_signal_acts_at_once_the_second_time(small, monkeypatch):
 @pytest.mark.parametrize("gpu, triton, experts, on", [(0, 1, 0, 0), (1, 1, 0, 1), (1, 0, 0, 0), (1, 1, 8, 0)])
 def test_compile_where_it_works(monkeypatch, gpu, triton, experts, on):
     monkeypatch.setattr(train, "has_triton", lambda: triton)
-    settings = SimpleNamespace(device="cuda" if gpu else "cpu", n_expert=experts)
+    machine = train.Machine("cpu")
+    machine.is_gpu = gpu
+    settings = SimpleNamespace(device="cuda" if gpu else "cpu", n_expert=experts, machine=machine)
     assert train.default_compile(settings) == ("on" if on else "off")
 
 
@@ -1682,10 +1697,11 @@ def test_labels_name_what_differs_and_bases_follow(tmp_path, capsys):
 def test_a_copy_counts_once(tmp_path):
     write_run(tmp_path)
     write_run(tmp_path, "none")
-    write_run(tmp_path, name="copy", data="../data/sotu")  # the same losses
+    copy = write_run(tmp_path, name="copy", data="../data/sotu", eval_every=20) / "metrics.csv"
+    copy.write_text(copy.read_text().replace("10,10000,4.0\n", ""))  # evaluated less often
     runs = plot.read_runs([tmp_path, tmp_path / "copy" / "..", tmp_path / "run0"])
     assert [run.folder.name for run in runs] == ["copy", "run0", "run1"]
-    assert [list(curve.rates[0.004]) for curve in curves_of(tmp_path)] == [[0], [0]]
+    assert [len(curve.rates[0.004][0].loss) for curve in curves_of(tmp_path)] == [3, 3]
 
 
 def test_every_curve_has_a_look_of_its_own():

@@ -435,8 +435,8 @@ def default_dtype(s):
 
 
 def default_compile(s):
-    """On a GPU with Triton, which Windows does not have. The loop over experts is not for the compiler."""
-    return "on" if s.device == "cuda" and has_triton() and not s.n_expert else "off"
+    """On a GPU where it works. The loop over experts is not for the compiler."""
+    return "on" if s.device == "cuda" and s.machine.can_compile() and not s.n_expert else "off"
 
 
 def default_micro_batch(s):
@@ -577,11 +577,15 @@ class Machine:
         together = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE says nothing
         self.rank = int(os.environ["RANK"]) if together else 0
         self.processes = int(os.environ["WORLD_SIZE"]) if together else 1
-        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        self.best = "cuda" if available["cuda"] else "cpu"
+        here = int(os.environ["LOCAL_WORLD_SIZE"]) if together else 1
+        devices = {"cpu": here, "cuda": 0, "mps": int(torch.backends.mps.is_available())}
+        if torch.cuda.is_available():
+            devices["cuda"] = torch.cuda.device_count()
+        self.best = "cuda" if devices["cuda"] else "cpu"
         self.kind = self.best if kind == "auto" else kind
-        if not available[self.kind]:
-            raise UserError(f"--device: this machine has no {self.kind} device that torch can use")
+        if devices[self.kind] < here:
+            found = f"torch finds {devices[self.kind]} {self.kind} devices"
+            raise UserError(f"--device: {found} on this machine, and {here} would be needed")
         self.device, self.is_gpu = torch.device(self.kind), self.kind == "cuda"
         self.has_bfloat16 = self.is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         self.name = platform.processor() or platform.machine()
@@ -615,6 +619,11 @@ class Machine:
             for tensor in tensors:
                 dist.all_reduce(tensor)
                 tensor /= self.processes
+
+    def can_compile(self):
+        """Whether torch.compile has what it needs: a C++ compiler, and on a GPU Triton (not on Windows)."""
+        compilers = (os.environ.get("CXX", "c++"), "g++", "clang", "cl")
+        return any(map(shutil.which, compilers)) and (has_triton() or not self.is_gpu)
 
     def peak_memory_mb(self):
         """The GPU's peak, or that of the process; "" where it is not known, as on Windows."""
@@ -697,9 +706,7 @@ def run(plan, data, machine, resume):
     settings, folder = plan.settings, plan.folder
     with folder.lock(), STOP:
         say(describe(settings))
-        if not resume:
-            folder.clear()
-        elif not (folder.path / "checkpoint.pt").exists():
+        if resume and not (folder.path / "checkpoint.pt").exists():
             say("no checkpoint to go on from, starts at step 0")
         machine.sum([0])  # all are here
         config = what_made_it(plan, data, machine)
@@ -815,8 +822,8 @@ def what_made_it(plan, data, machine):
 class Sweep:
     """Plans as processes of their own, `jobs` at a time, with their lines under their names."""
 
-    def __init__(self, plans, jobs, again):
-        self.plans, self.jobs, self.again = plans, jobs, again
+    def __init__(self, plans, jobs, resume):
+        self.plans, self.jobs, self.resume = plans, jobs, resume
         self.processes = {}  # name -> process under way
         self.done = {plan.name: 0.0 for plan in plans}  # share of a run's steps
         self.done_before = {}  # the same when it was first heard of, as some go on from a checkpoint
@@ -832,10 +839,10 @@ class Sweep:
                 while wait(codes, timeout=0.2).not_done and not STOP.requested:
                     pass
                 if STOP.requested:
-                    self.hand_on()  # they save, and end
+                    self.hand_on(self.processes.values())  # they save, and end
                 wait(codes)
             except KeyboardInterrupt:  # the second Ctrl-C
-                self.hand_on()
+                self.hand_on(self.processes.values())
                 raise
         if STOP.requested:
             say("stopped; what was under way is saved, and the same command with --resume goes on")
@@ -848,10 +855,10 @@ class Sweep:
             say(f"{plan.name}: {self.last_words[plan.name]}")
         return int(any(code.result() for code in codes))
 
-    def hand_on(self):
-        """The signal, to what is under way. On Windows Ctrl-C reaches every process by itself."""
+    def hand_on(self, processes):
+        """The signal. On Windows Ctrl-C reaches every process by itself."""
         if os.name == "posix":
-            for process in list(self.processes.values()):
+            for process in list(processes):
                 process.terminate()
 
     def run_one(self, plan):
@@ -860,7 +867,7 @@ class Sweep:
             return 1
         threads = max(1, torch.get_num_threads() // self.jobs)  # of what this command has
         process = subprocess.Popen(
-            [sys.executable, __file__, *plan.flags, *self.again],
+            [sys.executable, __file__, *plan.flags, *["--resume"] * self.resume],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
@@ -869,7 +876,7 @@ class Sweep:
         )
         self.processes[plan.name] = process
         if STOP.requested:  # since it was looked at last
-            self.hand_on()
+            self.hand_on([process])
         for text in process.stdout:
             with self.printing:
                 self.report(plan.name, text.rstrip())
@@ -954,9 +961,8 @@ def check(s, data, machine):
         raise UserError(f"--dtype: bfloat16 needs a GPU that has it, not {s.device}")
     if s.compile == "on" and s.n_expert:
         raise UserError("--compile: the loop over experts is not for torch.compile")
-    compilers = (os.environ.get("CXX", "c++"), "g++", "cl")
-    if s.compile == "on" and not machine.is_gpu and not any(map(shutil.which, compilers)):
-        raise UserError("--compile: on a CPU torch.compile needs a C++ compiler, and there is none")
+    if s.compile == "on" and not machine.can_compile():
+        raise UserError("--compile: torch.compile needs a C++ compiler, and on a GPU Triton")
     if data.vocab_size > s.vocab_size:
         tokens = f"{data.folder} has {data.vocab_size:,} different tokens"
         raise UserError(f"{tokens}, {s.model} takes {s.vocab_size:,}")
@@ -964,8 +970,10 @@ def check(s, data, machine):
         if len(tokens) <= s.seq_len:
             few = f"{data.folder / name} has {len(tokens):,} tokens"
             raise UserError(f"{few}, too few for --seq-len {s.seq_len} and one")
-    # Held at the least: weights, gradients and two moments, logits and their gradient, all in float32.
-    need = 16 * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
+    # Held at the least: weights, gradients and moments (Muon has one of the two), logits and their gradient,
+    # all in float32.
+    an_entry = 12 if s.optimizer == "muon" else 16
+    need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
     if need > machine.memory():
         have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
         raise UserError(f"this needs {need / 2**30:,.0f} GiB or more, {have}")
@@ -973,8 +981,10 @@ def check(s, data, machine):
 
 def ended(plan, data, args):
     """done or diverged, for a run that is over, else None. UserError where another run is in its folder."""
+    if args.overwrite:
+        return None
     path, config = plan.folder.path, plan.folder.config()
-    if args.overwrite or not config:
+    if not config:
         return None
     if not args.resume:
         raise UserError(f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
@@ -1045,13 +1055,16 @@ def execute(args):
         if ending:
             say(f"{plan.name}: {ending} already")
     remaining = [plan for plan, ending in zip(plans, endings) if not ending]
+    if not args.resume:  # of all, before one starts: a run of before must not pass for one that is done
+        for plan in remaining:
+            with plan.folder.lock():
+                plan.folder.clear()
     code = int("diverged" in endings)
     if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
     if remaining:
         jobs = args.jobs or (1 if machine.is_gpu else min(len(remaining), available_cores()))
-        again = [flag for flag, on in (("--resume", args.resume), ("--overwrite", args.overwrite)) if on]
-        code = Sweep(remaining, jobs, again).run() or code
+        code = Sweep(remaining, jobs, args.resume).run() or code
     return code
 
 
@@ -1073,7 +1086,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+        no_memory = re.search("(out of|allocate|not enough) memory", str(error))
+        if isinstance(error, RuntimeError) and not no_memory:
             raise
         print(first_line(error), file=sys.stderr)
         return 1
