@@ -54,14 +54,11 @@ class Block(nn.Module):
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, the balance loss (0 of a dense FFN), the load of each expert (B, E)."""
+        """x (B, T, d) -> the next x, and the balance loss (0 of a dense FFN)."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
         n = normalize(x)
-        if self.is_mixture:
-            y, balance_loss, load = self.ffn(n)
-        else:
-            y, balance_loss, load = self.ffn(n), x.new_zeros(()), x.new_zeros(len(x), 0)
-        return x + self.ffn_out(y), balance_loss, load
+        y, balance_loss = self.ffn(n) if self.is_mixture else (self.ffn(n), x.new_zeros(()))
+        return x + self.ffn_out(y), balance_loss
 
 
 class Transformer(nn.Module):
@@ -95,21 +92,20 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, tokens, targets=None):
-        """Logits, or with targets (language loss in nats a token, balance loss, expert load (layers, B, E)).
+        """Logits, or with targets (language loss in nats a token, balance loss: 0 of a dense model).
 
-        Targets of -100 do not count. A dense model's balance loss is 0, and it has E = 0 experts.
+        Targets of -100 do not count.
         """
         x = F.embedding(tokens, self.embedding)
-        balance_losses, loads = [], []
+        balance_losses = []
         for block in self.blocks:
-            x, balance_loss, load = block(x, self.rotation)
+            x, balance_loss = block(x, self.rotation)
             balance_losses.append(balance_loss)
-            loads.append(load)
         logits = self.head(normalize(x))
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return loss, torch.stack(balance_losses).mean(), torch.stack(loads)
+        return loss, torch.stack(balance_losses).mean()
 
     @torch.no_grad()
     def generate(self, tokens, count, generator=None):
@@ -191,7 +187,7 @@ class MixtureOfExperts(nn.Module):
     The p_i are used as they are, not renormalised over the k. No token is dropped. Balance loss (Switch),
     for each sequence, then averaged: E sum_i f_i P_i, with f_i its load, the share of the kT assignments
     that went to expert i, and P_i its mean probability; it is 1 where the load is even.
-    Returns y (B, T, d), the balance loss, and the load (B, E).
+    Returns y (B, T, d) and the balance loss.
     """
 
     def __init__(self, config):
@@ -217,7 +213,7 @@ class MixtureOfExperts(nn.Module):
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
             p_i = weight[visitor, choice, None]
             y = y.index_add(0, visitor, p_i * ffn(tokens[visitor]))
-        return y.view_as(n), balance_loss, load
+        return y.view_as(n), balance_loss
 
 
 # ---------------------------------------------------------------------------------------------------

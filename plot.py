@@ -10,12 +10,10 @@ are taken seed by seed: equal first weights and equal batches remove most of the
 """
 
 import csv
-import io
 import json
 import math
 import os
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -49,15 +47,6 @@ class Run:
     loss: dict  # tokens seen -> validation loss in nats a token, nan where not finite
 
 
-@contextmanager
-def reading(folder):
-    """Whatever is wrong with a record becomes one line that names its folder."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, OSError) as mistake:
-        raise ValueError(f"{folder}: {type(mistake).__name__}: {mistake}") from None
-
-
 def read_table(path):
     """A CSV file as [{column: text}, ...]; [] without a file."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
@@ -81,17 +70,17 @@ def read_run(folder):
 
 
 def read_runs(folders):
-    """All runs below the folders, each once."""
-    found = {}
+    """All runs below the folders. What is wrong with a record becomes one line that names its folder."""
+    found, runs = set(), []
     for root in folders:
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {root}")
-        for path in sorted(Path(root).rglob("config.json")):
-            found.setdefault(path.resolve(), path.parent)
-    runs = []
-    for folder in found.values():
-        with reading(folder):
+        found |= {path.parent for path in Path(root).rglob("config.json")}
+    for folder in sorted(found):
+        try:
             runs.append(read_run(folder))
+        except (ValueError, TypeError, KeyError, OSError) as mistake:
+            raise ValueError(f"{folder}: {type(mistake).__name__}: {mistake}") from None
     if not any(run.loss for run in runs):
         raise ValueError(f"no run with an evaluation in {', '.join(map(str, folders))}; train.py makes one")
     return runs
@@ -149,12 +138,8 @@ def make_curves(runs, baseline):
         key = tuple(run.config[name] for name in SETTINGS)
         seeds = curves.setdefault(key, Curve(run.config, {})).rates.setdefault(run.config["lr"], {})
         twin = seeds.setdefault(run.config["seed"], run)
-        shared = run.loss.keys() & twin.loss.keys()  # a copy, perhaps evaluated more often, counts once
-        losses = [[one.loss[tokens] for tokens in shared] for one in (run, twin)]
-        if losses[0] != losses[1] or run.state != twin.state:
-            raise ValueError(f"{twin.folder} and {run.folder}: the same settings and seed, but other losses")
-        if len(run.loss) > len(twin.loss):
-            seeds[run.config["seed"]] = run
+        if twin is not run:
+            raise ValueError(f"{twin.folder} and {run.folder} have the same settings and seed: give one")
     curves = list(curves.values())
     name_curves(curves)
     find_bases(curves, baseline)
@@ -245,23 +230,17 @@ MARKERS = "oD^vPX*dp<>hs"  # for print in grey; a prime number, so that every li
 
 
 def looks(curves):
-    """{curve: line style}: baselines black, the others coloured; no two of 52, and of 312, are alike."""
+    """{curve: line style}: baselines black, the others coloured."""
     styles = {}
-    for is_base, colours, markers in (True, ["black"], MARKERS[::-1]), (False, OKABE_ITO, MARKERS):
-        for i, curve in enumerate(curve for curve in curves if (curve.base is curve) == is_base):
-            styles[curve] = {
-                "color": colours[i % len(colours)],
-                "ls": DASHES[i // len(colours) % len(DASHES)],
-                "lw": 1.8,
-                "marker": markers[i % len(markers)],
-                "markersize": 4.5,
-            }
+    for i, curve in enumerate(curves):
+        styles[curve] = {
+            "color": "black" if curve.base is curve else OKABE_ITO[i % len(OKABE_ITO)],
+            "ls": DASHES[i // len(OKABE_ITO) % len(DASHES)],
+            "lw": 1.8,
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4.5,
+        }
     return styles
-
-
-def plain(text):
-    """Text that matplotlib draws as it is, with no formula between $ and $."""
-    return text.replace("$", r"\$")
 
 
 def add_legend(axis, lines, **where):
@@ -321,12 +300,12 @@ def loss_picture(curves, baseline):
         common = "at the baseline's lr" if several else f"lr {rows[0].lr:g}"
         where = "each at its own best lr" if best else common
         text += [f"{where}:", *table(rows, baseline)]
-        for axis, relative, title in zip(axes, (False, True), ("", f"relative to {plain(baseline)}, ")):
+        for axis, relative, title in zip(axes, (False, True), ("", f"relative to {baseline}, ")):
             lines = draw_losses(axis, rows, styles, relative)
             axis.set_title(title + where)
         for row, line in zip(rows, lines):
             at_lr = f", lr {row.lr:g}" if several else ""
-            line.set_label(plain(f"{row.curve.label}{at_lr}, {row.finished} seeds  {row.difference}"))
+            line.set_label(f"{row.curve.label}{at_lr}, {row.finished} seeds  {row.difference}")
         title = "mean difference ± 95 % interval, * excludes 0" if compared else None
         widths.append(add_legend(axes[-1], lines, title=title, bbox_to_anchor=(1.01, 0.5)))
     figure.set_figwidth(figure.get_figwidth() + max(widths))  # no legend takes room from the axes
@@ -349,13 +328,12 @@ def read_scales(run):
     titles = {f"{layer}attention.{branch.lower()}.W": f"$\\Vert W_{branch} \\Vert_F$" for branch in "QKV"}
     titles |= {".v": "$\\gamma$, input side", ".u": "$\\gamma$, output side"}  # as the vectors' names end
     panels = {title: {} for title in titles.values()}
-    with reading(run.folder):
-        for row in read_table(run.folder / "scales.csv"):
-            is_vector = row["kind"] == "scale" and row["name"].startswith(layer)
-            name, columns = row["name"], ("min", "mean", "max") if is_vector else ("norm", "norm", "norm")
-            if title := titles.get(name[-2:] if is_vector else name):
-                numbers = [float(row[column]) for column in columns]
-                panels[title].setdefault(int(row["step"]), []).append(numbers)
+    for row in read_table(run.folder / "scales.csv"):
+        is_vector = row["kind"] == "scale" and row["name"].startswith(layer)
+        name, columns = row["name"], ("min", "mean", "max") if is_vector else ("norm", "norm", "norm")
+        if title := titles.get(name[-2:] if is_vector else name):
+            numbers = [float(row[column]) for column in columns]
+            panels[title].setdefault(int(row["step"]), []).append(numbers)
     return panels
 
 
@@ -364,7 +342,7 @@ def weights_picture(curves):
     figure, styles = Figure(figsize=(13, 7.6)), looks(curves)
     *axes, legend_axis = figure.subplots(2, 3).flat
     for row in make_rows(curves, best=False):
-        style, label = styles[row.curve], plain(row.curve.label)
+        style, label = styles[row.curve], row.curve.label
         recorded = [seed for seed, run in row.runs.items() if (run.folder / "scales.csv").is_file()]
         panels = read_scales(row.runs[min(recorded)]) if recorded else {}
         for axis, (title, by_step) in zip(axes, panels.items()):
@@ -432,7 +410,7 @@ def scaling_picture(curves, baseline, variant):
         digits, power = f"{a:.2e}".split("e")
         law = f"${E:.3f} + {digits} \\cdot 10^{{{int(power)}}}\\,C^{{-{b:.3f}}}$"
         C_line = np.geomspace(C[0] / 1.5, C[-1] * 1.5, 200)
-        axis.plot(C_line, E + a * C_line**-b, color=colour, ls=dash, label=f"{plain(name)}: {law}")
+        axis.plot(C_line, E + a * C_line**-b, color=colour, ls=dash, label=f"{name}: {law}")
         axis.plot(C, L, color=colour, ls="", marker=marker, markersize=7)
     (E0, a0, b0), (E, a, b) = fits
     equal = E0 + a0 * C[-1] ** -b0  # the baseline's loss with the compute of the largest size
@@ -622,9 +600,7 @@ def main(arguments=None):
                 figure, lines = scaling_picture(curves, args.baseline, args.variant)
             else:
                 figure = weights_picture(curves) if args.kind == "weights" else theory_picture()
-            whole = io.BytesIO()  # a picture is there as a whole or not at all
-            figure.savefig(whole, format=out.suffix[1:].lower(), dpi=160)
-            out.write_bytes(whole.getvalue())
+            figure.savefig(out, format=out.suffix[1:].lower(), dpi=160)
     except (ValueError, OSError) as mistake:
         parser.error(str(mistake))
     for line in (*lines, *left_out(runs), out):

@@ -156,22 +156,15 @@ def gpt2_encoding():
 @contextmanager
 def appearing(path, replace):
     """Gives a path to write to; the file or folder that is there at the end becomes `path`, as a whole.
-    An error leaves all as it was. If another process has made `path` first, that stays: it is as good."""
-    path = Path(os.path.realpath(path))  # behind links, which stay
+    An error on the way there leaves all as it was."""
     above = next(parent for parent in path.parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above) as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
+        new = Path(folder, "new")
         yield new
         path.parent.mkdir(parents=True, exist_ok=True)
         if replace and path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if not path.exists():
-                if old.exists():
-                    old.rename(path)
-                raise
+            path.rename(Path(folder, "old"))
+        new.rename(path)
 
 
 def download(url, target, check):

@@ -199,8 +199,8 @@ def test_rows_of_table_1(form, expected, vectors):
     if "dnp" in form:  # per head for Q, K and V, over all of it for the others, with a vector as long as it
         assert attention.q.norm.width == 20 and attention.q.norm.u().numel() == 40
         assert gates.experts[3].up.norm.width == gates.experts[3].up.norm.u().numel() == 26
-    elif form != "none":  # Gemma's has one for all heads
-        assert gemma.q.norm.u().numel() == 20
+    if form != "none":  # Gemma's Q/K-norm has one vector for all heads, but is that of dnp where there is one
+        assert gemma.q.norm.u().numel() == (40 if "dnp" in form else 20)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -226,7 +226,7 @@ def test_norm_has_rms_one_and_its_own_derivative():
 
 
 def test_norm_and_gamma_are_computed_in_float32():
-    y = 300 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = 300 * draw(1000, 64, seed=0).bfloat16()
     norm = OutputNorm(64, NormScale())
     norm.u.gamma.data += 2**-9  # in bfloat16 this is 1 still
     expected = ((1 + 2**-9) * rms_norm(y.float())).bfloat16()
@@ -376,7 +376,7 @@ def test_the_transformer_is_the_one_written_out(form, model):
         p.data *= 4 if p.ndim == 2 else 1  # weights large enough that attention and router are not flat
     inputs, targets = TOKENS[:, :-1], TOKENS[:, 1:]
     expected_logits, *expected = naive_transformer(built, inputs, targets, form)
-    loss, balance, _ = built(inputs, targets)
+    loss, balance = built(inputs, targets)
     agree = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, check_dtype=False)
     agree(built(inputs), expected_logits)
     agree([loss, balance], expected)
@@ -386,18 +386,13 @@ def test_the_transformer_is_the_one_written_out(form, model):
 
 def test_experts_without_tokens_have_gradients_of_zero():
     ffn = small_model("unified", "moe-tiny", stir=0.2).blocks[0].ffn
-    n = torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(0))  # 6 visits to 8 experts
-    y, balance, load = ffn(n)
+    n = draw(1, 3, 40, seed=0).float()  # 6 visits to 8 experts
+    y, balance = ffn(n)
     torch.testing.assert_close((y, balance), naive_moe(ffn, n, "hg+dnp+or"), rtol=1e-5, atol=1e-5)
     y.sum().backward()
-    idle = ffn.experts[(load[0] == 0).nonzero()[0].item()]
+    visited = ffn.router(n).topk(2).indices
+    idle = next(expert for i, expert in enumerate(ffn.experts) if i not in visited)
     assert all(p.grad is not None and not p.grad.any() for p in idle.parameters())
-
-
-def test_gemma_under_dnp_has_one_norm_on_q_and_k():
-    unified, dp = (small_model(form, "gemma-tiny").blocks[0].attention for form in ("unified", "hg+dp"))
-    assert unified.q.norm.u().numel() == 40 and dp.q.norm.u().numel() == 20 and dp.v.norm is None
-    assert not any(p.ndim == 1 for p in small_model("none", "gemma-tiny").parameters())
 
 
 def test_generation_samples_from_the_last_position():
@@ -407,17 +402,6 @@ def test_generation_samples_from_the_last_position():
         p = built(expected[:, -17:])[0, -1].softmax(-1)
         expected = torch.cat([expected, torch.multinomial(p, 1, generator=generator)[None]], 1)
     assert torch.equal(built.generate(TOKENS[:1], 4, torch.Generator().manual_seed(0)), expected)
-
-
-def test_a_model_made_empty_is_whole_once_its_state_is_loaded():
-    before = small_model("unified", stir=0.2)
-    with torch.device("meta"):
-        after = Transformer(before.config)
-    after = after.to_empty(device="cpu")
-    for tensor in (*after.parameters(), *after.buffers()):
-        tensor.data.fill_(math.nan)
-    after.load_state_dict(before.state_dict())
-    assert torch.equal(after(TOKENS), before(TOKENS))
 
 
 def test_variants_of_one_seed_start_from_the_same_matrices():
@@ -446,30 +430,6 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_every_group_has_the_paper
     groups = [(group["name"], group["weight_decay"]) for group in muon.param_groups + adamw.param_groups]
     vectors = [("Input-Norm scale vectors", 0.3), ("Output-Norm scale vectors", 0.0)]
     assert groups == [("matrices", 0.3), ("matrices", 0.3), *vectors]
-
-
-def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
-    W = torch.nn.Parameter(
-        torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    )
-    model = SimpleNamespace(
-        blocks=torch.nn.ParameterList([W]), config=SimpleNamespace(norm_scale=NormScale())
-    )
-    model.parameters, model.modules = model.blocks.parameters, model.blocks.modules
-    muon, _ = train.make_optimizers(model, settings("--optimizer=muon", "--lr=0.01"))
-    before, momentum = W.detach().clone(), 0
-    for seed in range(3):
-        W.grad = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        muon.step()
-        momentum = 0.95 * momentum + 0.05 * W.grad
-        X = 0.95 * momentum + 0.05 * W.grad  # Nesterov
-        X = X / X.norm()
-        for _ in range(5):
-            A = X @ X.T
-            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        before = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(10) * X
-    torch.testing.assert_close(W.detach(), before, rtol=1e-12, atol=1e-12)
 
 
 def test_learning_rate():
@@ -609,9 +569,8 @@ def test_theorem_3_1_dp_falls_faster_from_the_same_state():
         dp = branch("dp", seed)
         M, g, u = parts_of(dp)
         R = TEACHER - u[:, None] * M * g
-        gain = ((u**2 - 1)[:, None] * g**2 * R**2).sum() + (M * g * R).sum(
-            1
-        ).square().sum()  # >= 0 if u^2 >= 1
+        # At least 0 if u^2 >= 1:
+        gain = ((u**2 - 1)[:, None] * g**2 * R**2).sum() + (M * g * R).sum(1).square().sum()
         close(dissipation(dp) - dissipation(standard_twin(dp)), gain)
 
 
@@ -637,10 +596,7 @@ def test_theorem_3_2_or_falls_faster_from_the_same_state():
     for seed in range(100):
         module = branch("or", seed)
         V, g, _ = parts_of(module)
-        h, P = (
-            (V * (TEACHER - V * g)).sum(0),
-            P_of(module.v),
-        )  # h = -dL/dg; P >= I if beta^2 d >= ||alpha||^2 = d
+        h, P = (V * (TEACHER - V * g)).sum(0), P_of(module.v)  # -dL/dg; P >= I if beta^2 d >= ||alpha||^2
         close(dissipation(module) - dissipation(standard_twin(module)), h @ P @ h - h @ h)
 
 
@@ -659,18 +615,6 @@ def hessian_sizes(w, g, target):
     trace, cross = g**2 + w**2, 2 * w * g - target
     largest = (trace + ((g**2 - w**2).square() + 4 * cross**2).sqrt()) / 2
     return trace, largest, (g**4 + w**4 + 2 * cross**2).sqrt()
-
-
-def test_er_falls_faster_and_keeps_its_vector_above_1():
-    """Not in the paper: along the flow gamma_j = exp((||v_j||^2 + (1 - 1/d) ||V||_F^2) / 2) >= 1, and there
-    P >= diag(gamma)^2 >= I, so that the loss falls at least as fast as the standard one's."""
-    _, V, gamma, _ = flow("er", TEACHER, parts_of, 1, 1000)
-    columns = V.square().sum(1)
-    close(gamma, torch.exp((columns + (1 - 1 / 3) * columns.sum(1, keepdim=True)) / 2))
-    for seed in range(200):
-        alpha = draw(3, seed=seed)
-        er = branch("er", seed, v_alpha=alpha, v_beta=alpha.mean(-1, keepdim=True) - alpha.min())
-        assert dissipation(er) >= dissipation(standard_twin(er))
 
 
 def test_theorem_2_3_hessian():
@@ -837,15 +781,6 @@ def test_logits_and_gradients_are_those_of_transformers(variant, model, precisio
 
 
 @pytest.mark.peers
-def test_balance_loss_is_theirs_of_each_sequence_and_layer():
-    theirs = pytest.importorskip("transformers.models.qwen2_moe.modeling_qwen2_moe").load_balancing_loss_func
-    ffn, n = small_model("none", "moe-tiny").blocks[0].ffn, normalize(torch.randn(3, 17, 40))
-    torch.nn.init.normal_(ffn.router.W)
-    each = [theirs((ffn.router(sequence),), 8, 2) / 2 for sequence in n]
-    torch.testing.assert_close(ffn(n)[1], torch.stack(each).mean())
-
-
-@pytest.mark.peers
 @pytest.mark.parametrize("variant", FOLDABLE)
 def test_a_folded_model_is_a_stock_llama(variant):
     built = small_model(variant, stir=0.3)
@@ -874,9 +809,8 @@ def test_bfloat16_on_a_gpu(small, monkeypatch, model, compiled, variant):
     for a, b in zip(rows_of(only_run("exact")), rows_of(only_run("fast")), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=0.02)
     stop = partial(stopped_at_step, 13, signal.SIGTERM, monkeypatch)
-    assert (
-        stop(lambda: small(*fast, "--out-dir=cut")) == 143 and small(*fast, "--out-dir=cut", "--resume") == 0
-    )
+    assert stop(lambda: small(*fast, "--out-dir=cut")) == 143
+    assert small(*fast, "--out-dir=cut", "--resume") == 0
     assert rows_of(only_run("cut"))[-1]["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
     assert small(*fast, "--benchmark", "--out-dir=bench") == 0
 
@@ -994,31 +928,6 @@ def test_kinds_of_text(tmp_path, text):
     assert "".join(decoded(prepared(tmp_path, text))) == text.replace("\r\n", "\n")
 
 
-def test_links_are_written_through(tmp_path):
-    folder, far = prepared(tmp_path, BOOK), tmp_path / "far" / "disk"
-    far.mkdir(parents=True)
-    folder.rename(far / "real")
-    for name in ("real", "later"):  # a link to a folder, and one to where a folder may come
-        folder.unlink(missing_ok=True)
-        folder.symlink_to(far / name)
-        assert decoded(prepared(tmp_path, BOOK + name, "--overwrite"))[1].endswith(name)
-        assert folder.is_symlink() and os.listdir(folder.parent) == ["book"]
-    assert sorted(os.listdir(far)) == ["later", "real"]
-
-
-def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
-    first = prepared(tmp_path, BOOK, "--name=first").with_name("first")
-    write_folder = prepare_data.write_folder
-
-    def overtaken(*args):
-        (shutil.copytree(first, first.with_name("book")) / "winner").touch()
-        return write_folder(*args)
-
-    monkeypatch.setattr(prepare_data, "write_folder", overtaken)
-    assert (prepared(tmp_path, BOOK) / "winner").exists()
-    assert sorted(os.listdir(first.parent)) == ["book", "first"]
-
-
 def test_a_failure_halfway_leaves_everything_as_it_was(tmp_path, monkeypatch, told_in_one_line):
     folder, data, empty = prepared(tmp_path, BOOK), tmp_path / "data", tmp_path / "empty"
     empty.mkdir()  # the user's folder stays, those made on the way to another do not
@@ -1032,10 +941,6 @@ def test_a_failure_halfway_leaves_everything_as_it_was(tmp_path, monkeypatch, to
                 prepare_data.main([*flags, more])
             assert sorted(os.listdir(tmp_path)) == ["book.txt", "data", "empty"]
             assert os.listdir(data) == ["book"] and os.listdir(empty) == []
-    rename = Path.rename
-    with monkeypatch.context() as patch:  # the new folder cannot take the place of the old one
-        patch.setattr(Path, "rename", lambda path, to: rename(path, "/no/way" if path.name == "new" else to))
-        told_in_one_line(lambda: prepare_data.main([*flags, "--overwrite"]), "No such file")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -1280,7 +1185,7 @@ def test_the_step_takes_the_clipped_gradient_of_both_losses(small, data_folder, 
     s = train.Settings(**checkpoint_of(only_run())["settings"])
     model = Transformer(train.make_config(s)).init_weights(0)
     tokens = train.batch(TokenFolder(data_folder), s, 0, train.Machine("cpu"))
-    language, balance, _ = model(tokens[:, :-1], tokens[:, 1:])
+    language, balance = model(tokens[:, :-1], tokens[:, 1:])
     gradients = torch.autograd.grad(language + balance, list(model.parameters()))
     norm = sum(gradient.square().sum() for gradient in gradients).sqrt().item()
     assert rows_of(only_run())[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -1300,7 +1205,7 @@ def test_a_diverging_run_is_recorded_and_passed_over(small, monkeypatch, capsys)
     saved = checkpoint_of(only_run())
     assert saved["record"]["step"] == 10 and all(p.isfinite().all() for p in saved["model"].values())
     assert small("--resume") == 1 and "diverged already" in capsys.readouterr().out
-    monkeypatch.setattr(train, "evaluate", lambda *_: (math.nan, torch.zeros(0)))
+    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
     assert small("--overwrite") == 1 and statuses() == {"standard": "diverged"}
 
 
@@ -1442,17 +1347,9 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkey
     assert small("--overwrite") == 0 and "No locks available" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags, codes",
-    [
-        ("--n-layer=1 --n-head=1 --d-model=2 --seq-len=1 --batch-size=1 --steps=1 --warmup-steps=100", [0]),
-        ("--lr=100", [0, 1]),  # it may diverge, and is then told so
-        ("--weight-decay=100 --grad-clip=0", [0, 1]),
-        ("--model=moe-tiny --d-model=6 --n-head=1 --seq-len=2", [0]),
-    ],
-)
-def test_edges_of_the_settings(small, flags, codes):
-    assert small(*flags.split()) in codes and set(statuses().values()) <= {"done", "diverged"}
+def test_the_smallest_model_and_batch(small):
+    sizes = "--d-model=2 --n-layer=1 --n-head=1 --seq-len=1 --batch-size=1 --steps=1 --warmup-steps=100"
+    assert small("--model=moe-tiny", *sizes.split()) == 0 and statuses() == {"standard": "done"}
 
 
 def test_without_home_and_in_the_c_locale(command):
@@ -1471,12 +1368,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--model=llama-1b", "--norm-scale", "standard", "unified"]) == 0
     out = capsys.readouterr().out
-    words = [
-        "1,028,065,024 parameters",
-        "222 of 378,919 entries, weight decay 0\n",
-        "80,640 of them in scale",
-    ]
-    assert all(word in out for word in words) and not list(tmp_path.iterdir())
+    for words in "1,028,065,024 parameters", "222 of 378,919 entries, weight decay 0\n", "80,640 of them in":
+        assert words in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_benchmark_leaves_its_table(small):
@@ -1684,32 +1578,14 @@ def test_labels_name_what_differs_and_bases_follow(tmp_path, capsys):
         ("none, big", None, {"model": "big", "d_model": 128, "n_head": 8}),
         ("none, steps 60", None, {"steps": 60, "warmup_steps": 30}),
         ("none, eval_tokens 2000", None, {"eval_tokens": 2000}),  # other losses are never compared
-        ("none, a$_$ cdcdcdcd", None, {"data": "C:\\a$_$", "data_sha256": {"val.bin": "cd" * 32}}),
+        ("none, own cdcdcdcd", None, {"data": "C:\\own", "data_sha256": {"val.bin": "cd" * 32}}),
     ):
         with_text("expected", f"{label} | {base}")(write_run(tmp_path, label.split(",")[0], **settings))
-    for curve in curves_of(tmp_path, tmp_path / "run1" / ".." / "run0"):
+    for curve in curves_of(tmp_path, tmp_path / "run0"):
         for run in itertools.chain(*(seeds.values() for seeds in curve.rates.values())):
             found = f"{curve.label} | {curve.base and curve.base.label}"
             assert found == (run.folder / "expected").read_text()
     plotted(capsys, tmp_path)
-
-
-def test_a_copy_counts_once(tmp_path):
-    write_run(tmp_path)
-    write_run(tmp_path, "none")
-    copy = write_run(tmp_path, name="copy", data="../data/sotu", eval_every=20) / "metrics.csv"
-    copy.write_text(copy.read_text().replace("10,10000,4.0\n", ""))  # evaluated less often
-    runs = plot.read_runs([tmp_path, tmp_path / "copy" / "..", tmp_path / "run0"])
-    assert [run.folder.name for run in runs] == ["copy", "run0", "run1"]
-    assert [len(curve.rates[0.004][0].loss) for curve in curves_of(tmp_path)] == [3, 3]
-
-
-def test_every_curve_has_a_look_of_its_own():
-    bases, others = ([plot.Curve({}, {}) for _ in range(n)] for n in (52, 312))
-    for base in bases:
-        base.base = base
-    styles = plot.looks(bases + others).values()
-    assert len({(style["color"], style["ls"], style["marker"]) for style in styles}) == 52 + 312
 
 
 def test_limits_hold_the_ends_but_no_spike_and_bars_stand_apart(tmp_path):
@@ -1791,7 +1667,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (with_text("metrics.csv", "step,tokens,loss\n0,0,7\n"), "", "run0: KeyError: 'val_loss'"),
         (with_text("metrics.csv", "step,tokens,val_loss\n0,0\n"), "", "run0: TypeError: "),
         (lambda folder: (folder / "metrics.csv").unlink(), "", "no run with an evaluation"),
-        (lambda folder: write_run(folder.parent, losses=(7, 4, 3)), "", "the same settings and seed, but"),
+        (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
         (lambda folder: write_run(folder.parent, eval_tokens=9), "--kind=scaling", "the same eval_tokens"),
     ],
 )
@@ -1802,19 +1678,15 @@ def test_mistakes_in_records(spoil, flags, words, tmp_path, told_in_one_line):
     assert not (tmp_path / "picture.png").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
-@pytest.mark.parametrize("ending", ["> out", ">&-", "| true"])
 @pytest.mark.parametrize("script", ["plot.py runs", "prepare_data.py --input book.txt --name=Имя"])
-def test_any_terminal_will_do(tmp_path, script, ending):
+def test_letters_that_the_terminal_lacks(tmp_path, script):
     (tmp_path / "book.txt").write_text(BOOK)
     (tmp_path / "runs").mkdir()
     write_run(tmp_path / "runs", name="Жук", status="running")
-    command = f"set -o pipefail; {shlex.quote(sys.executable)} {HERE}/{script} {ending}"
+    command = [sys.executable, *f"{HERE}/{script}".split()]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
-    assert result.stderr == b"" and result.returncode in ((0, 141) if ending == "| true" else (0,))
-    assert (tmp_path / "loss.png").is_file() or "".join(decoded(tmp_path / "data" / "Имя")) == BOOK
-    assert ending != "> out" or "???" in (tmp_path / "out").read_text(encoding="cp1252")
+    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
+    assert b"???" in out
 
 
 # ---------------------------------------------------------------------------------------------------

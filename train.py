@@ -147,7 +147,7 @@ def train(settings, data, machine, folder):
         for micro_batch in micro_batches:
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with machine.autocast(settings.dtype):
-                language_loss, balance_loss, _ = forward(inputs, targets)
+                language_loss, balance_loss = forward(inputs, targets)
             ((language_loss + BALANCE_LOSS * balance_loss) / len(micro_batches)).backward()
             loss += language_loss.detach() / len(micro_batches)
         machine.average([p.grad for p in model.parameters()])
@@ -168,9 +168,9 @@ def train(settings, data, machine, folder):
 
         last = record.step == settings.steps
         if last or record.step % settings.eval_every == 0:
-            val_loss, expert_load = evaluate(forward, data, settings, machine)
+            val_loss = evaluate(forward, data, settings, machine)
             record.add_evaluation(settings, lr, val_loss, grad_norm, machine)
-            record.scales += scale_rows(model, record.step, expert_load)
+            record.scales += scale_rows(model, record.step)
             folder.write_tables(record)
             require_finite(settings, record.step, validation_loss=val_loss)
         stopping = machine.sum([STOP.requested])[0] > 0
@@ -185,11 +185,11 @@ def train(settings, data, machine, folder):
 
 @torch.no_grad()
 def evaluate(forward, data, settings, machine):
-    """(mean language loss in nats a token, each layer's load of its experts (layers, E)) on the first
-    eval_tokens of val.bin, in windows one after the other, dealt out to the processes."""
+    """The mean language loss in nats a token on the first eval_tokens of val.bin, in windows one after the
+    other, dealt out to the processes."""
     T, at_once = settings.seq_len, settings.micro_batch_size
     windows = settings.eval_tokens // T
-    loss_sum, load_sum = 0.0, torch.zeros(settings.n_layer, settings.n_expert)
+    loss_sum = 0.0
     for first in range(machine.rank * at_once, windows, machine.processes * at_once):
         # Every micro-batch has the same shape: the last is filled up with copies of the last window, whose
         # targets of -100 do not count.
@@ -198,12 +198,9 @@ def evaluate(forward, data, settings, machine):
         tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
         targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
         with machine.autocast(settings.dtype):
-            loss, _, expert_load = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
-        counted = min(at_once, windows - first)
-        loss_sum += counted * loss.item()
-        load_sum += expert_load[:, :counted].sum(1).cpu()
-    loss_sum, *load_sums = machine.sum([loss_sum, *load_sum.flatten().tolist()])
-    return loss_sum / windows, torch.tensor(load_sums).view_as(load_sum) / windows
+            loss, _ = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
+        loss_sum += min(at_once, windows - first) * loss.item()
+    return machine.sum([loss_sum])[0] / windows
 
 
 @dataclasses.dataclass
@@ -238,24 +235,18 @@ class Record:
         self.losses = []
 
 
-def scale_rows(model, step, load):
-    """Lines of scales.csv: every vector's gamma, every branch's weight, every layer's load of its experts."""
-
-    def row(kind, name, low="", mean="", high="", norm=""):
-        return {"step": step, "kind": kind, "name": name, "min": low, "mean": mean, "max": high, "norm": norm}
-
-    def spread(vector):
-        return vector.min().item(), vector.mean().item(), vector.max().item()
-
+def scale_rows(model, step):
+    """Lines of scales.csv: every vector's gamma, every branch's weight."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ScaleVector):
             gamma = module().detach()
-            rows.append(row("scale", name, *spread(gamma), norm=gamma.norm().item()))
+            spread = {"min": gamma.min().item(), "mean": gamma.mean().item(), "max": gamma.max().item()}
+            rows.append({"step": step, "kind": "scale", "name": name, **spread, "norm": gamma.norm().item()})
         if isinstance(module, Branch):
-            rows.append(row("weight", f"{name}.W", norm=module.W.detach().norm().item()))
-    if load.numel():
-        rows += [row("load", f"blocks.{layer}.ffn", *spread(shares)) for layer, shares in enumerate(load)]
+            spread = {"min": "", "mean": "", "max": ""}
+            norm = module.W.detach().norm().item()
+            rows.append({"step": step, "kind": "weight", "name": f"{name}.W", **spread, "norm": norm})
     return rows
 
 
