@@ -63,7 +63,7 @@ def batch(data, settings, step, machine):
     T = settings.seq_len
     generator = np.random.default_rng((settings.seed, step))
     starts = generator.integers(len(data.train) - T, size=settings.batch_size)
-    mine = np.split(starts, machine.processes)[machine.rank]
+    mine = np.array_split(starts, machine.processes)[machine.rank]
     return machine.tensor(np.stack([data.train[start : start + T + 1] for start in mine]))
 
 
@@ -115,14 +115,10 @@ def learning_rate(settings, step):
 BALANCE_LOSS = 1e-3  # coefficient of the load-balancing loss of a mixture of experts
 
 
-class Diverged(Exception):
-    """The loss or the gradient of a run is not finite."""
-
-
 def require_finite(settings, step, **values):
     if not all(map(math.isfinite, values.values())):
         found = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        raise Diverged(f"diverged at step {step} with --lr={settings.lr:g}: {found}")
+        raise FloatingPointError(f"diverged at step {step} with --lr={settings.lr:g}: {found}")
 
 
 def train(settings, data, machine, folder):
@@ -141,18 +137,18 @@ def train(settings, data, machine, folder):
         started = time.perf_counter()
         tokens = batch(data, settings, record.step, machine)
 
-        # The gradient of the mean loss over the batch, a micro-batch at a time.
+        # The gradient of the mean loss over the batch of all processes, a micro-batch at a time.
         loss = 0.0
-        micro_batches = tokens.split(settings.micro_batch_size)
-        for micro_batch in micro_batches:
+        for micro_batch in tokens.split(settings.micro_batch_size):
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
+            share = len(micro_batch) / settings.batch_size
             with machine.autocast(settings.dtype):
                 language_loss, balance_loss = forward(inputs, targets)
-            ((language_loss + BALANCE_LOSS * balance_loss) / len(micro_batches)).backward()
-            loss += language_loss.detach() / len(micro_batches)
-        machine.average([p.grad for p in model.parameters()])
+            (share * (language_loss + BALANCE_LOSS * balance_loss)).backward()
+            loss += share * language_loss.detach()
+        machine.add_up([p.grad for p in model.parameters()])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
-        train_loss = machine.sum([loss.item()])[0] / machine.processes
+        train_loss = machine.sum([loss.item()])[0]
         # Before it touches a weight.
         require_finite(settings, record.step + 1, loss=train_loss, gradient_norm=grad_norm)
 
@@ -173,7 +169,7 @@ def train(settings, data, machine, folder):
             record.scales += scale_rows(model, record.step)
             folder.write_tables(record)
             require_finite(settings, record.step, validation_loss=val_loss)
-        stopping = machine.sum([STOP.requested])[0] > 0
+        stopping = machine.sum([STOP.signum])[0] > 0
         if last or stopping or (settings.checkpoint_every and record.step % settings.checkpoint_every == 0):
             folder.save(settings, model, optimizers, record)
         yield record
@@ -213,22 +209,21 @@ class Record:
     metrics: list = dataclasses.field(default_factory=list)  # lines of metrics.csv: {column: value}
     scales: list = dataclasses.field(default_factory=list)  # lines of scales.csv
 
-    def steps_per_second(self):
+    def tokens_per_second(self, settings):
         """Since the last evaluation."""
         before = self.metrics[-1]["seconds"] if self.metrics else 0.0
-        return len(self.losses) / (self.seconds - before)
+        return len(self.losses) * settings.batch_size * settings.seq_len / (self.seconds - before)
 
     def add_evaluation(self, settings, lr, val_loss, grad_norm, machine):
-        tokens_per_step = settings.batch_size * settings.seq_len
         line = {
             "step": self.step,
-            "tokens": self.step * tokens_per_step,
+            "tokens": self.step * settings.batch_size * settings.seq_len,
             "seconds": self.seconds,
             "lr": lr,
             "train_loss": fmean(self.losses),
             "val_loss": val_loss,
             "grad_norm": grad_norm,
-            "tokens_per_second": round(self.steps_per_second() * tokens_per_step, 1),
+            "tokens_per_second": round(self.tokens_per_second(settings), 1),
             "peak_memory_mb": machine.peak_memory_mb(),
         }
         self.metrics.append(line)
@@ -431,10 +426,9 @@ def default_compile(s):
 
 
 def default_micro_batch(s):
-    """The largest part of a process's share of the batch that fits into the preset's tokens at once."""
-    share = s.batch_size // s.machine.processes
-    limit = s.preset.get("tokens_at_once", math.inf) / s.seq_len
-    return max((m for m in range(1, share + 1) if share % m == 0 and m <= limit), default=1)
+    """What fits into the preset's tokens at once, and no more than a process has of the batch."""
+    share = math.ceil(s.batch_size / s.machine.processes)
+    return max(1, min(share, s.preset.get("tokens_at_once", 10**9) // s.seq_len))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -604,12 +598,11 @@ class Machine:
         dist.all_reduce(total)
         return total.tolist()
 
-    def average(self, tensors):
-        """Each tensor becomes its mean over all processes, in place."""
+    def add_up(self, tensors):
+        """Each tensor becomes its sum over all processes, in place."""
         if self.processes > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
-                tensor /= self.processes
 
     def can_compile(self):
         """Whether torch.compile has what it needs: a C++ compiler, and on a GPU Triton (not on Windows)."""
@@ -637,12 +630,15 @@ class Machine:
 
 
 class Stop:
-    """Whether Ctrl-C or SIGTERM came. The loop looks between steps; the second time they act at once."""
+    """Whether Ctrl-C or SIGTERM came. The loop looks between steps; the second time they act at once.
 
-    signum = 0
+    Either is handed on to `processes`, the runs of a sweep, once each: whoever starts one holds the lock.
+    """
+
+    signum, lock = 0, threading.RLock()
 
     def __enter__(self):
-        self.signum, self.before = 0, {}
+        self.signum, self.processes, self.before = 0, [], {}
         if threading.current_thread() is threading.main_thread():  # signals reach no other
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.before[signum] = signal.signal(signum, self.note)
@@ -652,21 +648,21 @@ class Stop:
             signal.signal(signum, handler)
 
     def note(self, signum, _frame):
-        if self.signum:
+        with self.lock:
+            second, self.signum = self.signum, signum
+            if os.name == "posix":  # on Windows Ctrl-C reaches every process by itself
+                for process in self.processes:
+                    process.terminate()
+        if second:
             raise KeyboardInterrupt
-        self.signum = signum
-
-    @property
-    def requested(self):
-        return self.signum != 0
 
 
 STOP = Stop()  # one a process, as signals are
 
 
 def say(text):
-    """A line that stays."""
-    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
+    """A line that stays, in one piece: the threads of a sweep print too."""
+    print(f"\r\x1b[K{text}\n" if sys.stdout.isatty() else f"{text}\n", end="", flush=True)
 
 
 def show(text):
@@ -693,7 +689,7 @@ class Plan(NamedTuple):
 
 
 def run(plan, data, machine, resume):
-    """Trains one run and records it. The exit code: 0, 1 if it diverged, 128 + the signal if stopped."""
+    """Trains one run and records it. The exit code: 0, or 128 + the signal if somebody stopped it."""
     settings, folder = plan.settings, plan.folder
     with folder.lock(), STOP:
         say(describe(settings))
@@ -702,42 +698,38 @@ def run(plan, data, machine, resume):
         machine.sum([0])  # all are here
         config = what_made_it(plan, data, machine)
         folder.write_config(config, "running")
+        status, reason = "running", None  # as it stays after a second Ctrl-C
         try:
             for record in train(settings, data, machine, folder):
                 report(record, settings)
-        except Diverged as error:
-            folder.write_config(config, "diverged", str(error))
-            print(f"{folder.path}: {error}", file=sys.stderr)
-            return 1
+            status = "done" if record.step == settings.steps else "interrupted"
         except Exception as error:
-            with suppress(OSError):
-                folder.write_config(config, "failed", first_line(error))
+            status = "diverged" if isinstance(error, FloatingPointError) else "failed"
+            reason = first_line(error)
             raise
-        if record.step < settings.steps:
-            folder.write_config(config, "interrupted")
+        finally:
+            folder.write_config(config, status, reason)
+        if status == "interrupted":
             say(f"stopped after step {record.step:,} and saved; the same command with --resume goes on")
             return 128 + (STOP.signum or signal.SIGTERM)
-        folder.write_config(config, "done")
         if machine.rank == 0:
             say(summary(record, settings, data, folder))
         return 0
 
 
-PROGRESS = re.compile(r"step ([\d,]+)/([\d,]+): ")  # how the line about an evaluation begins
-
-
 def report(record, settings):
     """A line that stays for an evaluation, and one that goes for a step."""
     step = f"step {record.step:,}/{settings.steps:,}"
+    tokens_left = (settings.steps - record.step) * settings.batch_size * settings.seq_len
     if record.losses:
-        rate = record.steps_per_second()
-        tokens_per_second = rate * settings.batch_size * settings.seq_len
-        left = (settings.steps - record.step) / rate
-        show(f"{step}  loss {record.losses[-1]:.3f}  {tokens_per_second:,.0f} tokens/s  {left:,.0f} s left")
+        rate = record.tokens_per_second(settings)
+        loss = f"loss {record.losses[-1]:.3f}"
+        show(f"{step}  {loss}  {rate:,.0f} tokens/s  {tokens_left / rate:,.0f} s left")
     elif record.metrics:
         row = record.metrics[-1]
         losses = f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}"
-        say(f"{step}: {row['tokens']:,} tokens, {losses}")
+        left = f"{tokens_left / row['tokens_per_second']:,.0f} s left"
+        say(f"{step}: {row['tokens']:,} tokens, {losses}, {left}")
 
 
 def summary(record, settings, data, folder):
@@ -810,90 +802,60 @@ def what_made_it(plan, data, machine):
 # Several runs: a process each, so that nothing that happens to one can touch another
 
 
-class Sweep:
-    """Plans as processes of their own, `jobs` at a time, with their lines under their names."""
+def sweep(plans, jobs, resume):
+    """Plans as processes of their own, `jobs` at a time, with their lines under their names.
 
-    def __init__(self, plans, jobs, resume):
-        self.plans, self.jobs, self.resume = plans, jobs, resume
-        self.processes = {}  # name -> process under way
-        self.done = {plan.name: 0.0 for plan in plans}  # share of a run's steps
-        self.done_before = {}  # the same when it was first heard of, as some go on from a checkpoint
-        self.began = None
-        self.last_words = {plan.name: "" for plan in plans}
-        self.printing = threading.Lock()
+    The exit code: 0, 1 if a run did not reach its end, 128 + the signal if all were stopped.
+    """
+    threads = max(1, torch.get_num_threads() // jobs)  # of what this command has
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
+    began, last_words, finished = time.monotonic(), {}, []
 
-    def run(self):
-        """The exit code: 0, 1 if a run did not reach its end, 128 + the signal if all were stopped."""
-        with STOP, ThreadPoolExecutor(self.jobs) as pool:
-            codes = [pool.submit(self.run_one, plan) for plan in self.plans]
-            try:
-                while wait(codes, timeout=0.2).not_done and not STOP.requested:
-                    pass
-                if STOP.requested:
-                    self.hand_on(self.processes.values())  # they save, and end
-                wait(codes)
-            except KeyboardInterrupt:  # the second Ctrl-C
-                self.hand_on(self.processes.values())
-                raise
-        if STOP.requested:
-            say("stopped; what was under way is saved, and the same command with --resume goes on")
-            return 128 + STOP.signum
-        say("")
-        for plan, code in zip(self.plans, codes):
-            if code.result() < 0:
-                killed = f"killed by signal {-code.result()}"
-                self.last_words[plan.name] = f"{killed}; the same command with --resume goes on with it"
-            say(f"{plan.name}: {self.last_words[plan.name]}")
-        return int(any(code.result() for code in codes))
-
-    def hand_on(self, processes):
-        """The signal. On Windows Ctrl-C reaches every process by itself."""
-        if os.name == "posix":
-            for process in list(processes):
-                process.terminate()
-
-    def run_one(self, plan):
+    def run_one(plan):
         """One run, in a thread that waits for its process: the process's exit code."""
-        if STOP.requested:
-            return 1
-        threads = max(1, torch.get_num_threads() // self.jobs)  # of what this command has
-        process = subprocess.Popen(
-            [sys.executable, __file__, *plan.flags, *["--resume"] * self.resume],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},
-            start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on
-        )
-        self.processes[plan.name] = process
-        if STOP.requested:  # since it was looked at last
-            self.hand_on([process])
+        with STOP.lock:
+            if STOP.signum:
+                return 1
+            process = subprocess.Popen(
+                [sys.executable, __file__, *plan.flags, *["--resume"] * resume],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                env=environment,
+                start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on
+            )
+            STOP.processes.append(process)
+        last_words[plan.name] = ""
         for text in process.stdout:
-            with self.printing:
-                self.report(plan.name, text.rstrip())
-        code = process.wait()
-        del self.processes[plan.name]
-        self.done[plan.name] = 1.0
-        return code
+            if text.strip():
+                last_words[plan.name] = text.strip()
+                say(f"{plan.name}: {text.rstrip()}")
+            show_status()
+        if process.wait() < 0:
+            killed = f"killed by signal {-process.returncode}"
+            last_words[plan.name] = f"{killed}; the same command with --resume goes on with it"
+        finished.append(plan.name)
+        return process.returncode
 
-    def report(self, name, text):
-        """A run's line under its name, and the status of all."""
-        if text and not STOP.requested:
-            self.last_words[name] = text
-            say(f"{name}: {text}")
-        if progress := PROGRESS.match(text):
-            step, steps = (int(number.replace(",", "")) for number in progress.groups())
-            self.done[name] = step / steps
-            self.done_before.setdefault(name, self.done[name])
-            self.began = self.began or time.monotonic()
-        gained = sum(self.done[name] - before for name, before in self.done_before.items())
+    def show_status():
         left = "?"
-        if gained > 0:
-            to_do = len(self.done) - sum(self.done.values())
-            left = f"{(time.monotonic() - self.began) * to_do / gained:,.0f}"
-        finished = sum(share == 1 for share in self.done.values())
-        under_way = ", ".join(f"{run} {self.done[run]:.0%}" for run in list(self.processes))
-        show(f"{finished} of {len(self.done)} done, {left} s left: {under_way}")
+        if finished:
+            seconds_each = (time.monotonic() - began) / len(finished)
+            left = f"{seconds_each * (len(plans) - len(finished)):,.0f}"
+        under_way = ", ".join(name for name in list(last_words) if name not in finished)
+        show(f"{len(finished)} of {len(plans)} done, {left} s left: {under_way}")
+
+    with STOP, ThreadPoolExecutor(jobs) as pool:
+        codes = [pool.submit(run_one, plan) for plan in plans]
+        while wait(codes, timeout=0.2).not_done:  # on Windows no signal interrupts a wait without an end
+            pass
+    if STOP.signum:
+        say("stopped; what was under way is saved, and the same command with --resume goes on")
+        return 128 + STOP.signum
+    say("")
+    for plan in plans:
+        say(f"{plan.name}: {last_words[plan.name]}")
+    return int(any(code.result() for code in codes))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -941,33 +903,24 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
 
 def check(s, data, machine):
     """Raises UserError where settings do not go together with these data or on this machine."""
-    share = s.batch_size // machine.processes
-    if s.batch_size % machine.processes:
-        raise UserError(
-            f"--batch-size: {s.batch_size} sequences do not split over {machine.processes} processes"
-        )
-    if share % s.micro_batch_size:
-        raise UserError(f"--micro-batch-size: {s.micro_batch_size} does not divide {share} sequences")
-    if s.dtype == "bfloat16" and not machine.has_bfloat16:
-        raise UserError(f"--dtype: bfloat16 needs a GPU that has it, not {s.device}")
-    if s.compile == "on" and s.n_expert:
-        raise UserError("--compile: the loop over experts is not for torch.compile")
-    if s.compile == "on" and not machine.can_compile():
-        raise UserError("--compile: torch.compile needs a C++ compiler, and on a GPU Triton")
-    if data.vocab_size > s.vocab_size:
-        tokens = f"{data.folder} has {data.vocab_size:,} different tokens"
-        raise UserError(f"{tokens}, {s.model} takes {s.vocab_size:,}")
-    for name, tokens in ("train.bin", data.train), ("val.bin", data.val):
-        if len(tokens) <= s.seq_len:
-            few = f"{data.folder / name} has {len(tokens):,} tokens"
-            raise UserError(f"{few}, too few for --seq-len {s.seq_len} and one")
+    shortest = min(len(data.train), len(data.val))
     # Held at the least: weights, gradients and moments (Muon has one of the two), logits and their gradient,
     # all in float32.
     an_entry = 12 if s.optimizer == "muon" else 16
     need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
-    if need > machine.memory():
-        have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
-        raise UserError(f"this needs {need / 2**30:,.0f} GiB or more, {have}")
+    have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
+    no_compiler = "torch.compile needs a C++ compiler, and on a GPU Triton"
+    for wrong, what in [
+        (s.batch_size < machine.processes, f"--batch-size: {s.batch_size} for {machine.processes} processes"),
+        (s.dtype == "bfloat16" and not machine.has_bfloat16, "--dtype: bfloat16 needs a GPU that has it"),
+        (s.compile == "on" and s.n_expert, "--compile: the loop over experts is not for torch.compile"),
+        (s.compile == "on" and not machine.can_compile(), f"--compile: {no_compiler}"),
+        (s.vocab_size < data.vocab_size, f"{s.model} takes {s.vocab_size:,} tokens, not {data.vocab_size:,}"),
+        (shortest <= s.seq_len, f"{data.folder} has a part of {shortest:,} tokens, too few for --seq-len"),
+        (need > machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {have}"),
+    ]:
+        if wrong:
+            raise UserError(what)
 
 
 def ended(plan, data, args):
@@ -999,11 +952,8 @@ def plans_of(args, data, machine):
     values_of = [dict.fromkeys(getattr(args, name) or [None]) for name in several]  # none of them twice
     for values in itertools.product(*values_of):
         s, changed = resolve(vars(args) | dict(zip(several, values)), machine, vocab_size, val_tokens)
-        if s.d_model % s.n_head:
-            raise UserError(f"--n-head: {s.n_head} heads do not divide the width {s.d_model}")
-        if s.d_model // s.n_head % 2:
-            width = s.d_model // s.n_head
-            raise UserError(f"--n-head: rotary embedding turns pairs, not heads of width {width}")
+        if s.d_model % (2 * s.n_head):  # rotary embedding turns pairs
+            raise UserError(f"--n-head: {s.n_head} heads of an even width do not make {s.d_model}")
         named = {name: getattr(s, name) for name in IN_EVERY_NAME} | changed
         if args.out_dir != "runs":
             named["out_dir"] = args.out_dir
@@ -1055,7 +1005,7 @@ def execute(args):
         return run(plans[0], data, machine, args.resume)
     if remaining:
         jobs = args.jobs or (1 if machine.is_gpu else min(len(remaining), available_cores()))
-        code = Sweep(remaining, jobs, args.resume).run() or code
+        code = sweep(remaining, jobs, args.resume) or code
     return code
 
 
@@ -1076,7 +1026,7 @@ def main(argv=None):
         parser.error(f"{error.filename or 'writing'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (RuntimeError, MemoryError) as error:
+    except (FloatingPointError, RuntimeError, MemoryError) as error:
         no_memory = re.search("(out of|allocate|not enough) memory", str(error))
         if isinstance(error, RuntimeError) and not no_memory:
             raise
