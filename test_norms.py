@@ -1398,8 +1398,9 @@ def test_folder_names():
 
 
 def test_two_processes_give_the_losses_of_one(small, command):
-    flags = "--model=moe-tiny --norm-scale=unified --batch-size=5 --micro-batch-size=2 --eval-tokens=16".split()
-    small("--out-dir=one", *flags)  # one window for two
+    flags = ["--model=moe-tiny", "--norm-scale=unified", "--eval-tokens=16"]  # one window for two
+    flags += ["--batch-size=5", "--micro-batch-size=2"]  # three sequences and two
+    small("--out-dir=one", *flags)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
     subprocess.run([sys.executable, *torchrun, *command[1:], *flags], check=True, timeout=300)
     for a, b in zip(rows_of(only_run("one")), rows_of(only_run()), strict=True):
