@@ -44,21 +44,20 @@ class Block(nn.Module):
         super().__init__()
         d, variant = config.d_model, config.norm_scale
         self.attention = Attention(config)
-        self.is_mixture = config.n_expert > 0
-        if self.is_mixture:
-            self.ffn = MixtureOfExperts(config)
-        else:
-            self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
+        self.ffn = self.feed_forward(config)
         # Gemma normalises what both emit before it is added.
         self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
+    def feed_forward(self, config):
+        d, variant = config.d_model, config.norm_scale
+        return SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
+
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and the balance loss (0 of a dense FFN)."""
+        """x (B, T, d) -> the next x, and a balance loss, which only a mixture of experts has."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
-        n = normalize(x)
-        y, balance_loss = self.ffn(n) if self.is_mixture else (self.ffn(n), x.new_zeros(()))
-        return x + self.ffn_out(y), balance_loss
+        x = x + self.ffn_out(self.ffn(normalize(x)))
+        return x, x.new_zeros(())
 
 
 class Transformer(nn.Module):
@@ -71,7 +70,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        kind = MixtureBlock if config.n_expert else Block
+        self.blocks = nn.ModuleList(kind(config) for _ in range(config.n_layer))
         self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
         self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
 
@@ -216,7 +216,21 @@ class MixtureOfExperts(nn.Module):
         return y.view_as(n), balance_loss
 
 
+class MixtureBlock(Block):
+    """A Block whose feed-forward network is a mixture of experts."""
+
+    def feed_forward(self, config):
+        return MixtureOfExperts(config)
+
+    def forward(self, x, rotation):
+        x = x + self.attention_out(self.attention(normalize(x), rotation))
+        y, balance_loss = self.ffn(normalize(x))
+        return x + self.ffn_out(y), balance_loss
+
+
 # ---------------------------------------------------------------------------------------------------
+# A first reading can end here.
+#
 # Presets: the paper's tables of section 3, and sizes for a laptop
 #
 # Beside the sizes stand the settings that go with them. lr_muon and lr_wsd are the paper's learning rates
@@ -235,6 +249,7 @@ GEMMA = dict(gemma=True, **PAPER)
 MIXTURE = dict(n_expert=32, top_k=4, **PAPER)
 OTHER_RATES = dict(lr_muon=5e-3, lr_wsd=3e-3)
 PRESETS = {
+    # d_model, n_head, n_layer
     "tiny": sizes(64, 4, 4, **TINY),
     "gemma-tiny": sizes(64, 4, 4, gemma=True, **TINY),
     "moe-tiny": sizes(64, 4, 4, n_expert=8, top_k=2, **TINY),

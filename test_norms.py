@@ -34,19 +34,20 @@ import numpy as np
 import pytest
 import tiktoken
 
-import train  # before torch, for the allocator  # isort: skip
 import torch
 import torch.nn.functional as F
 
 import norms
 import plot
 import prepare_data
+import train
 from model import PRESETS, Config, Transformer, count, llama_state_dict, rotations
 from norms import Branch, NormScale, OutputNorm, ScaleVector, decay_groups, fold, normalize, shared_vector
 from prepare_data import TokenFolder
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # marks need no file of their own
 HERE = Path(__file__).parent
+train.tune_for_a_cpu()
 
 
 def all_labels(rows):
@@ -1343,6 +1344,10 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkey
     with train.RunFolder(only_run(), train.Machine("cpu")).lock():
         told_in_one_line(lambda: small("--overwrite"), "another process")
     assert small("--overwrite") == 0  # and no lock is left behind
+    older = config_of(only_run())
+    del older["grad_clip"]  # a setting that was declared after this run had its default
+    with_text("config.json", json.dumps(older))(only_run())
+    assert small("--resume") == 0 and "done already" in capsys.readouterr().out
     monkeypatch.setattr(train.FileLock, "acquire", Mock(side_effect=OSError(37, "No locks available")))
     assert small("--overwrite") == 0 and "No locks available" in capsys.readouterr().err
 

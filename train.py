@@ -7,8 +7,17 @@
 
 Read it from the top: a batch, the optimisers, the learning rate, the loop, evaluation. That is all of
 training; the rest keeps the folder that a run leaves (config.json, metrics.csv, scales.csv, checkpoint.pt),
-declares the settings, and carries out the command. In the loop, `settings` are the flags in force, `data` the
-tokens, `machine` the device and this process's place among several, `folder` the run's folder.
+declares the settings, and carries out the command. One step of the tiny preset:
+
+    tokens (8, 129)          8 sequences that the seed and the step name, cut out of the text
+    inputs, targets          (8, 128) each: all but the last token of a row, all but the first
+    logits (8, 128, 2048)    of the model, for a vocabulary of 2,048
+    loss                     mean of -log p(target): about ln 2048 = 7.6 at the start
+    g = dloss/dweights       by backward, then scaled down to a norm of 1 at most (--grad-clip)
+    weights                  moved by the optimiser, as far as learning_rate(step) says
+
+In the loop, `settings` are the flags in force, `data` the tokens of train.bin and val.bin, `machine` the
+device and this process's place among several, `folder` the run's folder.
 
 Randomness has an address: weights follow from the seed, a batch from (seed, step), an evaluation window
 from its index. So variants of one seed start from the same matrices and see the same batches, evaluating
@@ -71,33 +80,57 @@ def batch(data, settings, step, machine):
 # Optimisers
 
 
+def adamw(groups, settings):
+    """m <- 0.9 m + 0.1 g,  s <- 0.95 s + 0.05 g^2,  w <- w - lr (m / sqrt(s) + weight_decay w)
+
+    (m and s are divided by 1 - 0.9^t and 1 - 0.95^t, as they start at 0.)
+    """
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+
+
+def muon(groups, settings):
+    """m <- 0.95 m + 0.05 g for each matrix; with m = U S V^T, w <- w - lr (c U V^T + weight_decay w)
+
+    c = 0.2 sqrt(max(rows, columns)) makes an entry move as far as under AdamW. (In m g counts once more,
+    after Nesterov; U V^T is made by five Newton-Schulz steps, nearly.)
+    """
+    return torch.optim.Muon(groups, lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+
+
+MATRIX_OPTIMIZERS = {"adamw": adamw, "muon": muon}  # for the matrices inside the blocks; AdamW for the rest
+
+
 def make_optimizers(model, settings):
-    """AdamW on everything, or Muon on the matrices inside the blocks and AdamW on the rest."""
+    """One optimiser, or two where the matrices inside the blocks have another than the rest."""
     matrices, *vectors = decay_groups(model, model.config.norm_scale, settings.weight_decay)
-    lr, optimizers = settings.lr, []
-    if settings.optimizer == "muon":
-        in_blocks = set(model.blocks.parameters())
-        hidden = {**matrices, "params": [p for p in matrices["params"] if p in in_blocks]}
-        matrices["params"] = [p for p in matrices["params"] if p not in in_blocks]
-        muon = torch.optim.Muon([hidden], lr=lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
-    optimizers.append(torch.optim.AdamW([matrices, *vectors], lr=lr, betas=(0.9, 0.95), fused=True))
-    return optimizers
+    if settings.optimizer == "adamw":
+        return [adamw([matrices, *vectors], settings)]
+    in_blocks = set(model.blocks.parameters())
+    inside = {**matrices, "params": [p for p in matrices["params"] if p in in_blocks]}
+    outside = {**matrices, "params": [p for p in matrices["params"] if p not in in_blocks]}
+    return [
+        MATRIX_OPTIMIZERS[settings.optimizer]([inside], settings),
+        adamw([outside, *vectors], settings),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------
 # The learning rate
 
 
+FINAL_LR = 1 / 20  # of the peak, at the end of cosine
+DECAY = 0.2  # of the steps, at the end of wsd
+
+
 def cosine(settings, step):
-    """From 1 at the end of the warm-up down to a twentieth."""
+    """From 1 at the end of the warm-up down to FINAL_LR."""
     progress = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 1 / 20 + (1 - 1 / 20) * (1 + math.cos(math.pi * progress)) / 2
+    return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def wsd(settings, step):
-    """Warm-up, stable, decay: 1 until 80 % of the steps, then linear to 0."""
-    return min(1, (settings.steps - step) / (0.2 * settings.steps))
+    """Warm-up, stable, decay: 1, and over the last DECAY of the steps linear to 0."""
+    return min(1, (settings.steps - step) / (DECAY * settings.steps))
 
 
 SCHEDULES = {"cosine": cosine, "wsd": wsd}
@@ -148,8 +181,8 @@ def train(settings, data, machine, folder):
             loss += share * language_loss.detach()
         machine.add_up([p.grad for p in model.parameters()])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
-        train_loss = machine.sum([loss.item()])[0]
-        # Before it touches a weight.
+        train_loss = machine.sum(loss.item())
+        # A NaN or an infinity stops the run here, before it reaches a weight.
         require_finite(settings, record.step + 1, loss=train_loss, gradient_norm=grad_norm)
 
         lr = learning_rate(settings, record.step)
@@ -169,7 +202,7 @@ def train(settings, data, machine, folder):
             record.scales += scale_rows(model, record.step)
             folder.write_tables(record)
             require_finite(settings, record.step, validation_loss=val_loss)
-        stopping = machine.sum([STOP.signum])[0] > 0
+        stopping = machine.sum(STOP.signum) > 0  # Ctrl-C in one process stops all
         if last or stopping or (settings.checkpoint_every and record.step % settings.checkpoint_every == 0):
             folder.save(settings, model, optimizers, record)
         yield record
@@ -179,24 +212,32 @@ def train(settings, data, machine, folder):
 # Evaluation, and what a run records
 
 
-@torch.no_grad()
-def evaluate(forward, data, settings, machine):
-    """The mean language loss in nats a token on the first eval_tokens of val.bin, in windows one after the
-    other, dealt out to the processes."""
+def validation_batches(data, settings, machine):
+    """(inputs, targets, windows) of this process: the first eval_tokens of val.bin in windows of T, one after
+    the other, dealt out to the processes, as many at once as in a micro-batch.
+
+    The last is filled up with copies of the last window, whose targets of -100 do not count: every batch has
+    the same shape, and nothing is compiled again.
+    """
     T, at_once = settings.seq_len, settings.micro_batch_size
     windows = settings.eval_tokens // T
-    loss_sum = 0.0
     for first in range(machine.rank * at_once, windows, machine.processes * at_once):
-        # Every micro-batch has the same shape: the last is filled up with copies of the last window, whose
-        # targets of -100 do not count.
         index = np.arange(first, first + at_once)
         starts = T * index.clip(max=windows - 1)
         tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
         targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
+        yield machine.tensor(tokens[:, :-1]), machine.tensor(targets), min(at_once, windows - first)
+
+
+@torch.no_grad()
+def evaluate(forward, data, settings, machine):
+    """The mean language loss in nats a token, over all windows."""
+    loss_sum = 0.0
+    for inputs, targets, windows in validation_batches(data, settings, machine):
         with machine.autocast(settings.dtype):
-            loss, _ = forward(machine.tensor(tokens[:, :-1]), machine.tensor(targets))
-        loss_sum += min(at_once, windows - first) * loss.item()
-    return machine.sum([loss_sum])[0] / windows
+            loss, _ = forward(inputs, targets)
+        loss_sum += windows * loss.item()
+    return machine.sum(loss_sum) / (settings.eval_tokens // settings.seq_len)
 
 
 @dataclasses.dataclass
@@ -355,7 +396,7 @@ def first_line(error):
 def load(folder):
     """(model, tokenizer) of a run folder, on the CPU: a Transformer in float32, and a tiktoken.Encoding."""
     saved = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    settings = Settings(**saved["settings"])
+    settings = SimpleNamespace(**saved["settings"])
     model = Transformer(make_config(settings))
     model.load_state_dict(saved["model"])
     return model, TokenFolder(settings.data).encoding()
@@ -411,9 +452,9 @@ def preset(name, otherwise=None):
 
 
 def default_lr(s):
-    """The preset's peak for Muon or for wsd, where it has one, or else for AdamW."""
-    name = "lr_muon" if s.optimizer == "muon" else f"lr_{s.schedule}"
-    return s.preset.get(name, s.preset["lr"])
+    """The preset's peak for this optimiser or this schedule, where it has one, or else for AdamW."""
+    names = (f"lr_{s.optimizer}", f"lr_{s.schedule}", "lr")
+    return next(s.preset[name] for name in names if name in s.preset)
 
 
 def default_dtype(s):
@@ -441,7 +482,7 @@ class Settings:
 
     model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
     norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
-    optimizer: str = setting(["adamw", "muon"], "muon: for the matrices inside the blocks", "adamw")
+    optimizer: str = setting(list(MATRIX_OPTIMIZERS), "of the matrices inside the blocks", "adamw")
     schedule: str = setting(list(SCHEDULES), "cosine, or constant and then linear to 0", "cosine")
     lr: float = setting(number(float, 1e-9), "peak learning rate", default_lr, several=True)
     seed: int = setting(number(int, 0), "of weights and batches", 0, several=True)
@@ -544,15 +585,19 @@ def command_line():
 # ---------------------------------------------------------------------------------------------------
 # The machine, and who sits in front of it
 
-# glibc gives every large tensor back to the kernel when it is freed and takes it anew, page fault by page
-# fault: a seventh of a tiny step. With these two thresholds it keeps up to 1 GiB. Elsewhere nothing happens.
-with suppress(OSError, AttributeError):
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-# Muon multiplies in bfloat16. Some virtual machines announce AMX, which oneDNN then uses for that on a
-# CPU, but do not allow it: an illegal instruction. Float32, all else that runs on a CPU here, loses nothing.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+def tune_for_a_cpu():
+    """What makes the CPU's runs faster, or possible. Before the first large tensor."""
+    # glibc gives every large tensor back to the kernel when it is freed and takes it anew, page fault by
+    # page fault: a seventh of a tiny step. With these two thresholds it keeps up to 1 GiB. Elsewhere nothing
+    # happens.
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    # Muon multiplies in bfloat16. Some virtual machines announce AMX, which oneDNN then uses for that on a
+    # CPU, but do not allow it: an illegal instruction. Float32, all else that runs there, loses nothing.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 class Machine:
@@ -590,13 +635,17 @@ class Machine:
     def autocast(self, dtype):
         return torch.autocast(self.kind, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def sum(self, values):
-        """Each number summed over all processes."""
+    def sum(self, value):
+        """A number summed over all processes."""
         if self.processes == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.tolist()
+        return total.item()
+
+    def wait_for_all(self):
+        if self.processes > 1:
+            dist.barrier()
 
     def add_up(self, tensors):
         """Each tensor becomes its sum over all processes, in place."""
@@ -695,7 +744,7 @@ def run(plan, data, machine, resume):
         say(describe(settings))
         if resume and not (folder.path / "checkpoint.pt").exists():
             say("no checkpoint to go on from, starts at step 0")
-        machine.sum([0])  # all are here
+        machine.wait_for_all()
         config = what_made_it(plan, data, machine)
         folder.write_config(config, "running")
         status, reason = "running", None  # as it stays after a second Ctrl-C
@@ -817,7 +866,7 @@ def sweep(plans, jobs, resume):
             if STOP.signum:
                 return 1
             process = subprocess.Popen(
-                [sys.executable, __file__, *plan.flags, *["--resume"] * resume],
+                [sys.executable, __file__, *plan.flags, *(["--resume"] if resume else [])],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
@@ -933,7 +982,8 @@ def ended(plan, data, args):
     if not args.resume:
         raise UserError(f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
     for name, field in FIELDS.items():
-        here, there = getattr(plan.settings, name), config.get(name)
+        here = getattr(plan.settings, name)
+        there = config.get(name, here)  # a setting that is younger than that run had its default
         if here != there and name != "data" and not field["detail"]:
             other = f"{path} is of another run: {name} is {there} there and {here} here"
             raise UserError(f"{other}; --overwrite starts anew")
@@ -979,7 +1029,7 @@ def execute(args):
     if not prepared and path == Path(built_in) and machine.rank == 0:
         say(f"preparing the built-in text in {path}")
         prepare_data.prepare("sotu", out_dir=path.parent)
-    machine.sum([0])  # it is there for all
+    machine.wait_for_all()  # until it is there
     data = TokenFolder(path)
     plans = plans_of(args, data, machine)
     for plan in plans:
@@ -1015,6 +1065,7 @@ def available_cores():
 
 def main(argv=None):
     STOP.signum = 0
+    tune_for_a_cpu()
     prepare_data.use_any_terminal()
     parser = command_line()
     args = parser.parse_args(argv)
