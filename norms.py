@@ -25,6 +25,8 @@ u on its output side:
 
 and so it is computed here: the vectors meet the weight (d_out x d_in numbers a step), never the
 activations (tokens x d_in). DNP folds v, multiplies, normalises, and then scales by u.
+
+Read first `norm_formula`, `NormScale`, `ScaleVector` and `Branch` here, then `Block` in model.py.
 """
 
 import copy
@@ -55,11 +57,46 @@ def norm_formula(x, u=None):
 
 
 def normalize(x, u=None):
-    """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2)."""
+    """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2).
+
+    It is norm_formula, whose derivative the class Norm below has in closed form, for speed alone.
+    """
     # A compiler derives and fuses the formula by itself; torch 2.11 compiles our derivative wrongly.
     if torch.compiler.is_compiling():
         return norm_formula(x, u)[0]
     return Norm.apply(x, u)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Variants
+
+
+@dataclass(frozen=True)
+class NormScale:
+    """One point of the design space. The defaults are `standard`: one v for all branches of a Norm."""
+
+    parts: tuple = ("standard",)  # its names in the grammar
+    has_vectors: bool = True  # False: none anywhere, behind Gemma's Norms neither
+    has_v: bool = True  # gamma_b, on the input side of every branch
+    v_per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
+    has_u: bool = False  # gamma_a, on the output side, always one a branch
+    norm_behind: bool = False  # a Norm between W and gamma_a
+    form: str = "direct"  # a key of FORMS
+    decayed: tuple = ("Input-Norm", "Output-Norm")  # roles whose vectors decay
+
+    @classmethod
+    def parse(cls, text):
+        """The variant that a string such as "hg+dp+or" names. Raises ValueError with one line that helps."""
+        return cls(**parse_parts(text))
+
+    @property
+    def label(self):
+        """The variant's one name."""
+        return "unified" if self.parts == SHORT["unified"] else "+".join(self.parts)
+
+    def describe(self):
+        """The variant in words, a line for each part."""
+        return [f"{part}: {WORDS[part]}" for part in self.parts]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -108,6 +145,9 @@ class Branch(nn.Module):
         y = (W * (u v^T)) n            none, standard, hg, ap, dp: u and v where there are any
         y = u * Norm((W * v^T) n)      dnp: `norm` is that Norm with its u, over head_dim entries at a time
 
+    In `standard`, what every Llama has, v is the vector that the branches of a Norm share, and u and norm
+    are None: y = W (v * n).
+
     shared: the v that all branches of a Norm share (see `shared_vector`). output=False: nothing on the
     output side in any variant. qk_norm: a Norm over head_dim entries in any variant, with one vector for
     all heads; under DNP that Norm is there already.
@@ -118,14 +158,14 @@ class Branch(nn.Module):
         super().__init__()
         self.W = nn.Parameter(torch.empty(d_out, d_in))
         self.v = self.u = self.norm = None
-        if variant.has_v:
+        has_u = variant.has_u and output
+        if variant.has_v:  # standard, hg, dp, dnp
             self.v = shared or ScaleVector(d_in, "Input-Norm", variant.form)
-        if variant.has_u and output:
-            if variant.norm_behind:
-                self.norm = OutputNorm(d_out, variant, head_dim)
-            else:
-                self.u = ScaleVector(d_out, "Input-Norm", variant.form)
-        if qk_norm and self.norm is None:
+        if has_u and not variant.norm_behind:  # ap, dp
+            self.u = ScaleVector(d_out, "Input-Norm", variant.form)
+        if has_u and variant.norm_behind:  # dnp
+            self.norm = OutputNorm(d_out, variant, head_dim)
+        elif qk_norm:
             self.norm = OutputNorm(head_dim, variant)
 
     def effective_weight(self):
@@ -202,6 +242,8 @@ def decay_groups(model, variant, weight_decay):
 
 
 # ---------------------------------------------------------------------------------------------------
+# A first reading can end here.
+#
 # The derivative of Norm, by hand
 
 
@@ -228,11 +270,12 @@ class Norm(torch.autograd.Function):
             du = gn.to(u.dtype).sum_to_size(u.shape)
             g, gn = u * g, u * gn
         along = gn.mean(-1, keepdim=True, dtype=r.dtype)
-        return torch.addcmul(g, n, along, value=-1).mul_(r).to(n.dtype), du
+        dx = torch.addcmul(g, n, along, value=-1).mul_(r)  # r (g - n * along)
+        return dx.to(n.dtype), du
 
 
 # ---------------------------------------------------------------------------------------------------
-# Which variant: one string, one dataclass
+# Which variant: one string
 
 GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
     "branches": {
@@ -253,67 +296,40 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
         "nowd": ({"decayed": ()}, "no weight decay on scale vectors"),
     },
 }
-SHORT = {"standard": [], "unified": ["hg", "dnp", "or", "iwd"]}  # names for several parts, or none
-KNOWN = ["none", *SHORT, *(part for parts in GRAMMAR.values() for part in parts)]
+WORDS = {part: words for parts in GRAMMAR.values() for part, (_, words) in parts.items()}
+WORDS["none"] = "W Norm(x), no scale vector anywhere"
+WORDS["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
+SHORT = {"standard": (), "unified": ("hg", "dnp", "or", "iwd")}  # names for several parts, or none
 GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: "
 GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
 
 
-def label_of(parts):
-    """The variant's one name, for parts in the order of the grammar."""
-    if parts == SHORT["unified"]:
-        return "unified"
-    only_decay = all(part in GRAMMAR["weight decay"] for part in parts)
-    return "+".join(["standard", *parts] if only_decay else parts)
+def parse_parts(text):
+    """The fields of the NormScale that a string names: see NormScale.parse."""
 
+    def mistake(what):
+        return ValueError(f"{what} {GRAMMAR_IN_WORDS}")
 
-@dataclass(frozen=True)
-class NormScale:
-    """One point of the design space. Made by `NormScale.parse`; nobody looks at the string again."""
-
-    label: str = "standard"
-    has_vectors: bool = True  # False: none anywhere, behind Gemma's Norms neither
-    has_v: bool = True  # gamma_b, on the input side of every branch
-    v_per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
-    has_u: bool = False  # gamma_a, on the output side, always one a branch
-    norm_behind: bool = False  # a Norm between W and gamma_a
-    form: str = "direct"  # a key of FORMS
-    decayed: tuple = ("Input-Norm", "Output-Norm")  # roles whose vectors decay
-
-    @classmethod
-    def parse(cls, text):
-        """The variant that a string such as "hg+dp+or" names. Raises ValueError with one line that helps."""
-
-        def mistake(what):
-            return ValueError(f"{what} {GRAMMAR_IN_WORDS}")
-
-        words = text.strip().lower().split("+")
-        if words == ["none"]:
-            return cls("none", has_vectors=False, has_v=False)
-        chosen = {}  # row of the grammar -> part
-        for part in itertools.chain(*(SHORT.get(word, [word]) for word in words)):
-            row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
-            if part == "none":
-                raise mistake(f"'none' stands alone, not as a part of {text!r};")
-            if row is None:
-                meant = difflib.get_close_matches(part, KNOWN, n=1, cutoff=0)[0]
-                raise mistake(f"unknown part {part!r} in {text!r}, did you mean {meant!r}?")
-            if row in chosen:
-                raise mistake(f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};")
-            chosen[row] = part
-        parts = [chosen[row] for row in GRAMMAR if row in chosen]
-        fields = {}
-        for row, part in chosen.items():
-            fields |= GRAMMAR[row][part][0]
-        return cls(label_of(parts), **fields)
-
-    def describe(self):
-        """The variant in words, a line for each part."""
-        words = {part: text for parts in GRAMMAR.values() for part, (_, text) in parts.items()}
-        words["none"] = "W Norm(x), no scale vector anywhere"
-        words["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
-        parts = SHORT["unified"] if self.label == "unified" else self.label.split("+")
-        return [f"{part}: {words[part]}" for part in parts]
+    words = text.strip().lower().split("+")
+    if words == ["none"]:
+        return {"parts": ("none",), "has_vectors": False, "has_v": False}
+    chosen = {}  # row of the grammar -> part
+    fields = {}
+    for part in itertools.chain(*(SHORT.get(word, [word]) for word in words)):
+        row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
+        if part == "none":
+            raise mistake(f"'none' stands alone, not as a part of {text!r};")
+        if row is None:
+            meant = difflib.get_close_matches(part, [*WORDS, *SHORT], n=1, cutoff=0)[0]
+            raise mistake(f"unknown part {part!r} in {text!r}, did you mean {meant!r}?")
+        if row in chosen:
+            raise mistake(f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};")
+        chosen[row] = part
+        fields |= GRAMMAR[row][part][0]
+    parts = tuple(chosen[row] for row in GRAMMAR if row in chosen)
+    if set(chosen) <= {"weight decay"}:
+        parts = ("standard", *parts)
+    return {"parts": parts, **fields}
 
 
 # ---------------------------------------------------------------------------------------------------
