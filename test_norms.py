@@ -1410,7 +1410,8 @@ def test_two_processes_give_the_losses_of_one(small, command):
     subprocess.run([sys.executable, *torchrun, *command[1:], *flags], check=True, timeout=300)
     for a, b in zip(rows_of(only_run("one")), rows_of(only_run()), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    assert "torchrun --standalone --nproc-per-node=2 train.py" in config_of(only_run())["command"]
+    command = config_of(only_run())["command"]
+    assert "torchrun --standalone --nproc-per-node=2 train.py" in command and "--dtype=float32" in command
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1005,6 +1005,7 @@ def plans_of(args, data, machine):
         if s.d_model % (2 * s.n_head):  # rotary embedding turns pairs
             raise UserError(f"--n-head: {s.n_head} heads of an even width do not make {s.d_model}")
         named = {name: getattr(s, name) for name in IN_EVERY_NAME} | changed
+        named["dtype"] = s.dtype  # whose default depends on the machine
         if args.out_dir != "runs":
             named["out_dir"] = args.out_dir
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
@@ -1054,7 +1055,7 @@ def execute(args):
     if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
     if remaining:
-        jobs = args.jobs or (1 if machine.is_gpu else min(len(remaining), available_cores()))
+        jobs = min(len(remaining), args.jobs or (1 if machine.is_gpu else available_cores()))
         code = sweep(remaining, jobs, args.resume) or code
     return code
 
