@@ -10,10 +10,12 @@ are taken seed by seed: equal first weights and equal batches remove most of the
 """
 
 import csv
+import io
 import json
 import math
 import os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -47,6 +49,15 @@ class Run:
     loss: dict  # tokens seen -> validation loss in nats a token, nan where not finite
 
 
+@contextmanager
+def reading(folder):
+    """Whatever is wrong with a record becomes one line that names its folder."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError) as mistake:
+        raise ValueError(f"{folder}: {type(mistake).__name__}: {mistake}") from None
+
+
 def read_table(path):
     """A CSV file as [{column: text}, ...]; [] without a file."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
@@ -70,17 +81,15 @@ def read_run(folder):
 
 
 def read_runs(folders):
-    """All runs below the folders. What is wrong with a record becomes one line that names its folder."""
+    """All runs below the folders, each once."""
     found, runs = set(), []
     for root in folders:
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {root}")
         found |= {path.parent for path in Path(root).rglob("config.json")}
     for folder in sorted(found):
-        try:
+        with reading(folder):
             runs.append(read_run(folder))
-        except (ValueError, TypeError, KeyError, OSError) as mistake:
-            raise ValueError(f"{folder}: {type(mistake).__name__}: {mistake}") from None
     if not any(run.loss for run in runs):
         raise ValueError(f"no run with an evaluation in {', '.join(map(str, folders))}; train.py makes one")
     return runs
@@ -328,12 +337,13 @@ def read_scales(run):
     titles = {f"{layer}attention.{branch.lower()}.W": f"$\\Vert W_{branch} \\Vert_F$" for branch in "QKV"}
     titles |= {".v": "$\\gamma$, input side", ".u": "$\\gamma$, output side"}  # as the vectors' names end
     panels = {title: {} for title in titles.values()}
-    for row in read_table(run.folder / "scales.csv"):
-        is_vector = row["kind"] == "scale" and row["name"].startswith(layer)
-        name, columns = row["name"], ("min", "mean", "max") if is_vector else ("norm", "norm", "norm")
-        if title := titles.get(name[-2:] if is_vector else name):
-            numbers = [float(row[column]) for column in columns]
-            panels[title].setdefault(int(row["step"]), []).append(numbers)
+    with reading(run.folder):
+        for row in read_table(run.folder / "scales.csv"):
+            is_vector = row["kind"] == "scale" and row["name"].startswith(layer)
+            name, columns = row["name"], ("min", "mean", "max") if is_vector else ("norm", "norm", "norm")
+            if title := titles.get(name[-2:] if is_vector else name):
+                numbers = [float(row[column]) for column in columns]
+                panels[title].setdefault(int(row["step"]), []).append(numbers)
     return panels
 
 
@@ -600,7 +610,9 @@ def main(arguments=None):
                 figure, lines = scaling_picture(curves, args.baseline, args.variant)
             else:
                 figure = weights_picture(curves) if args.kind == "weights" else theory_picture()
-            figure.savefig(out, format=out.suffix[1:].lower(), dpi=160)
+            whole = io.BytesIO()  # a picture is there as a whole or not at all
+            figure.savefig(whole, format=out.suffix[1:].lower(), dpi=160)
+            out.write_bytes(whole.getvalue())
     except (ValueError, OSError) as mistake:
         parser.error(str(mistake))
     for line in (*lines, *left_out(runs), out):

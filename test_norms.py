@@ -433,6 +433,24 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_every_group_has_the_paper
     assert groups == [("matrices", 0.3), ("matrices", 0.3), *vectors]
 
 
+def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    W = torch.nn.Parameter(draw(6, 10, seed=0))
+    muon = train.muon([{"params": [W], "weight_decay": 0.1}], SimpleNamespace(lr=0.01))
+    before, momentum = W.detach().clone(), 0
+    for seed in range(3):
+        W.grad = draw(6, 10, seed=seed)
+        muon.step()
+        momentum = 0.95 * momentum + 0.05 * W.grad
+        X = 0.95 * momentum + 0.05 * W.grad  # Nesterov
+        X = X / X.norm()
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        before = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(10) * X
+    torch.testing.assert_close(W.detach(), before, rtol=1e-12, atol=1e-12)
+
+
 def test_learning_rate():
     for flags, step, lr in (
         ("--schedule=cosine --steps=100", 0, 1 / 10),  # the warm-up takes 10 steps
@@ -779,6 +797,15 @@ def test_logits_and_gradients_are_those_of_transformers(variant, model, precisio
     gradients = [torch.autograd.grad((y * weights).mean(), list(built.parameters())) for y in outputs]
     for ours, other in zip(*gradients):
         assert (ours - other).norm() <= 10 * precision * max(other.norm(), 1e-3)
+
+
+@pytest.mark.peers
+def test_balance_loss_is_theirs_of_each_sequence_and_layer():
+    theirs = pytest.importorskip("transformers.models.qwen2_moe.modeling_qwen2_moe").load_balancing_loss_func
+    ffn, n = small_model("none", "moe-tiny").blocks[0].ffn, normalize(torch.randn(3, 17, 40))
+    torch.nn.init.normal_(ffn.router.W)
+    each = [theirs((ffn.router(sequence),), 8, 2) / 2 for sequence in n]
+    torch.testing.assert_close(ffn(n)[1], torch.stack(each).mean())
 
 
 @pytest.mark.peers
@@ -1471,6 +1498,15 @@ def test_mistakes_of_the_machine_and_the_data(small, data_folder, told_in_one_li
     told_in_one_line(lambda: small("--compile=on"), "C++ compiler")
     with_json("meta.json", vocab_size=60_000)(shutil.copytree(data_folder, Path("large")))
     told_in_one_line(lambda: small("--model=llama-0.12b", "--data=large"), "60,000", "50,304")
+    two = SimpleNamespace(processes=2, memory=lambda: 2**40)
+    with pytest.raises(train.UserError, match="fewer than the 2 processes"):
+        train.check(settings("--batch-size=1"), TokenFolder(data_folder), two)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    told_in_one_line(small, "torch finds 3 cuda devices on this machine, and 4 would be needed")
 
 
 class Payload:
@@ -1594,6 +1630,14 @@ def test_labels_name_what_differs_and_bases_follow(tmp_path, capsys):
     plotted(capsys, tmp_path)
 
 
+def test_every_curve_has_a_look_of_its_own():
+    curves = [plot.Curve({}, {}) for _ in range(100)]
+    curves[0].base = curves[0]
+    styles = plot.looks(curves).values()
+    assert len({(style["color"], style["ls"], style["marker"]) for style in styles}) == 100
+    assert [style["color"] == "black" for style in styles] == [True, *[False] * 99]
+
+
 def test_limits_hold_the_ends_but_no_spike_and_bars_stand_apart(tmp_path):
     falling = [7.6, *(4 + 0.5**i for i in range(9))]
     for norm_scale, end in (("standard", 4.0), ("none", 4.6), ("unified", 3.99)):
@@ -1672,6 +1716,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (with_json("config.json", lr="0"), "", "run0: ValueError: config.json: lr is missing or of another"),
         (with_text("metrics.csv", "step,tokens,loss\n0,0,7\n"), "", "run0: KeyError: 'val_loss'"),
         (with_text("metrics.csv", "step,tokens,val_loss\n0,0\n"), "", "run0: TypeError: "),
+        (with_text("scales.csv", "step,kind\n0,scale\n"), "--kind=weights", "run0: KeyError: 'name'"),
         (lambda folder: (folder / "metrics.csv").unlink(), "", "no run with an evaluation"),
         (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
         (lambda folder: write_run(folder.parent, eval_tokens=9), "--kind=scaling", "the same eval_tokens"),

@@ -898,13 +898,14 @@ def sweep(plans, jobs, resume):
         codes = [pool.submit(run_one, plan) for plan in plans]
         while wait(codes, timeout=0.2).not_done:  # on Windows no signal interrupts a wait without an end
             pass
+    failed = any([code.result() for code in codes])  # raises what kept a process from starting
     if STOP.signum:
         say("stopped; what was under way is saved, and the same command with --resume goes on")
         return 128 + STOP.signum
     say("")
     for plan in plans:
         say(f"{plan.name}: {last_words[plan.name]}")
-    return int(any(code.result() for code in codes))
+    return int(failed)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -960,7 +961,7 @@ def check(s, data, machine):
     have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
     no_compiler = "torch.compile needs a C++ compiler, and on a GPU Triton"
     for wrong, what in [
-        (s.batch_size < machine.processes, f"--batch-size: {s.batch_size} for {machine.processes} processes"),
+        (s.batch_size < machine.processes, f"--batch-size: fewer than the {machine.processes} processes"),
         (s.dtype == "bfloat16" and not machine.has_bfloat16, "--dtype: bfloat16 needs a GPU that has it"),
         (s.compile == "on" and s.n_expert, "--compile: the loop over experts is not for torch.compile"),
         (s.compile == "on" and not machine.can_compile(), f"--compile: {no_compiler}"),
@@ -1049,8 +1050,9 @@ def execute(args):
     remaining = [plan for plan, ending in zip(plans, endings) if not ending]
     if not args.resume:  # of all, before one starts: a run of before must not pass for one that is done
         for plan in remaining:
-            with plan.folder.lock():
-                plan.folder.clear()
+            if plan.folder.path.exists():
+                with plan.folder.lock():
+                    plan.folder.clear()
     code = int("diverged" in endings)
     if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
