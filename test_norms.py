@@ -430,7 +430,7 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_every_group_has_the_paper
     assert (muon.defaults["momentum"], muon.defaults["adjust_lr_fn"]) == (0.95, "match_rms_adamw")
     groups = [(group["name"], group["weight_decay"]) for group in muon.param_groups + adamw.param_groups]
     vectors = [("Input-Norm scale vectors", 0.3), ("Output-Norm scale vectors", 0.0)]
-    assert groups == [("matrices", 0.3), ("matrices", 0.3), *vectors]
+    assert groups == [("matrices inside the blocks", 0.3), ("embedding and head", 0.3), *vectors]
 
 
 def test_muon_is_newton_schulz_in_the_papers_scale(monkeypatch):

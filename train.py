@@ -16,8 +16,9 @@ declares the settings, and carries out the command. One step of the tiny preset:
     g = dloss/dweights       by backward, then scaled down to a norm of 1 at most (--grad-clip)
     weights                  moved by the optimiser, as far as learning_rate(step) says
 
-In the loop, `settings` are the flags in force, `data` the tokens of train.bin and val.bin, `machine` the
-device and this process's place among several, `folder` the run's folder.
+The functions share four things: `settings`, the value of every flag; `data`, the tokens of train.bin and
+val.bin; `machine`, the device, and which of how many processes this is (torchrun starts several, each with a
+part of the batch); `folder`, where the run's records go.
 
 Randomness has an address: weights follow from the seed, a batch from (seed, step), an evaluation window
 from its index. So variants of one seed start from the same matrices and see the same batches, evaluating
@@ -72,8 +73,8 @@ def batch(data, settings, step, machine):
     T = settings.seq_len
     generator = np.random.default_rng((settings.seed, step))
     starts = generator.integers(len(data.train) - T, size=settings.batch_size)
-    mine = np.array_split(starts, machine.processes)[machine.rank]
-    return machine.tensor(np.stack([data.train[start : start + T + 1] for start in mine]))
+    local_starts = np.array_split(starts, machine.processes)[machine.rank]
+    return machine.tensor(np.stack([data.train[start : start + T + 1] for start in local_starts]))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -91,26 +92,27 @@ def adamw(groups, settings):
 def muon(groups, settings):
     """m <- 0.95 m + 0.05 g for each matrix; with m = U S V^T, w <- w - lr (c U V^T + weight_decay w)
 
-    c = 0.2 sqrt(max(rows, columns)) makes an entry move as far as under AdamW. (In m g counts once more,
-    after Nesterov; U V^T is made by five Newton-Schulz steps, nearly.)
+    With c = 0.2 sqrt(max(rows, columns)) an entry of w moves about as far as under AdamW. Two details are
+    left out above: what is decomposed is 0.95 m + 0.05 g (Nesterov's momentum), and five Newton-Schulz steps
+    stand for the decomposition and give U V^T nearly.
     """
     return torch.optim.Muon(groups, lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
 
 
-MATRIX_OPTIMIZERS = {"adamw": adamw, "muon": muon}  # for the matrices inside the blocks; AdamW for the rest
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizers(model, settings):
-    """One optimiser, or two where the matrices inside the blocks have another than the rest."""
+    """Two: that of --optimizer for the matrices inside the blocks, and AdamW for all other parameters."""
     matrices, *vectors = decay_groups(model, model.config.norm_scale, settings.weight_decay)
-    if settings.optimizer == "adamw":
-        return [adamw([matrices, *vectors], settings)]
     in_blocks = set(model.blocks.parameters())
-    inside = {**matrices, "params": [p for p in matrices["params"] if p in in_blocks]}
-    outside = {**matrices, "params": [p for p in matrices["params"] if p not in in_blocks]}
+    inside = [p for p in matrices["params"] if p in in_blocks]
+    outside = [p for p in matrices["params"] if p not in in_blocks]
+    block_matrices = {**matrices, "name": "matrices inside the blocks", "params": inside}
+    other_matrices = {**matrices, "name": "embedding and head", "params": outside}
     return [
-        MATRIX_OPTIMIZERS[settings.optimizer]([inside], settings),
-        adamw([outside, *vectors], settings),
+        OPTIMIZERS[settings.optimizer]([block_matrices], settings),
+        adamw([other_matrices, *vectors], settings),
     ]
 
 
@@ -174,14 +176,15 @@ def train(settings, data, machine, folder):
         loss = 0.0
         for micro_batch in tokens.split(settings.micro_batch_size):
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
-            share = len(micro_batch) / settings.batch_size
+            share = len(micro_batch) / settings.batch_size  # of the mean over all sequences
             with machine.autocast(settings.dtype):
                 language_loss, balance_loss = forward(inputs, targets)
             (share * (language_loss + BALANCE_LOSS * balance_loss)).backward()
             loss += share * language_loss.detach()
-        machine.add_up([p.grad for p in model.parameters()])
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
+        machine.all_reduce([p.grad for p in model.parameters()])
         train_loss = machine.sum(loss.item())
+        max_norm = settings.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
         # A NaN or an infinity stops the run here, before it reaches a weight.
         require_finite(settings, record.step + 1, loss=train_loss, gradient_norm=grad_norm)
 
@@ -213,20 +216,21 @@ def train(settings, data, machine, folder):
 
 
 def validation_batches(data, settings, machine):
-    """(inputs, targets, windows) of this process: the first eval_tokens of val.bin in windows of T, one after
-    the other, dealt out to the processes, as many at once as in a micro-batch.
+    """This process's part of an evaluation: (inputs, targets, number of windows) of each batch.
 
-    The last is filled up with copies of the last window, whose targets of -100 do not count: every batch has
-    the same shape, and nothing is compiled again.
+    The first eval_tokens of val.bin are cut into windows of T, one after the other, and dealt out to the
+    processes. Every batch has micro_batch_size rows, so that nothing is compiled again for a smaller one:
+    beyond the last window it is repeated, with targets of -100, which the loss ignores.
     """
-    T, at_once = settings.seq_len, settings.micro_batch_size
+    T, rows = settings.seq_len, settings.micro_batch_size
     windows = settings.eval_tokens // T
-    for first in range(machine.rank * at_once, windows, machine.processes * at_once):
-        index = np.arange(first, first + at_once)
-        starts = T * index.clip(max=windows - 1)
+    for first in range(machine.rank * rows, windows, machine.processes * rows):
+        index = np.arange(first, first + rows)
+        exists = index < windows
+        starts = T * np.minimum(index, windows - 1)
         tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
-        targets = np.where(index[:, None] < windows, tokens[:, 1:], -100)
-        yield machine.tensor(tokens[:, :-1]), machine.tensor(targets), min(at_once, windows - first)
+        inputs, targets = tokens[:, :-1], np.where(exists[:, None], tokens[:, 1:], -100)
+        yield machine.tensor(inputs), machine.tensor(targets), int(exists.sum())
 
 
 @torch.no_grad()
@@ -235,8 +239,8 @@ def evaluate(forward, data, settings, machine):
     loss_sum = 0.0
     for inputs, targets, windows in validation_batches(data, settings, machine):
         with machine.autocast(settings.dtype):
-            loss, _ = forward(inputs, targets)
-        loss_sum += windows * loss.item()
+            language_loss, _ = forward(inputs, targets)
+        loss_sum += windows * language_loss.item()
     return machine.sum(loss_sum) / (settings.eval_tokens // settings.seq_len)
 
 
@@ -296,11 +300,11 @@ class RunFolder:
     """The files of one run. Only the first process writes."""
 
     def __init__(self, path, machine):
-        self.path, self.writes = Path(path), machine.rank == 0
+        self.path, self.is_writer = Path(path), machine.rank == 0
 
     def lock(self):
         """A context that keeps other processes out; the operating system lets go when this one dies."""
-        if not self.writes:
+        if not self.is_writer:
             return nullcontext()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -313,7 +317,7 @@ class RunFolder:
 
     def write(self, name, contents):
         """Under another name, then renamed: what was there stays until the new is whole."""
-        if not self.writes:
+        if not self.is_writer:
             return
         part = self.path / f"{name}.part"
         try:
@@ -345,12 +349,12 @@ class RunFolder:
     def clear(self):
         """Leaves nothing of an old run. The checkpoint goes first: nothing can go on from it."""
         for name in ("checkpoint.pt", "config.json", "metrics.csv", "scales.csv"):
-            if self.writes:
+            if self.is_writer:
                 (self.path / name).unlink(missing_ok=True)
 
     def save(self, settings, model, optimizers, record):
         """All that going on needs, as checkpoint.pt."""
-        if not self.writes:
+        if not self.is_writer:
             return
         contents = {
             "settings": dataclasses.asdict(settings),
@@ -406,14 +410,15 @@ def load(folder):
 # Settings: each is declared once, and all that depends on them follows from here
 
 
-def setting(kind, what, default, several=False, detail=False):
+def setting(kind, help, default, several=False, detail=False):
     """A field of Settings.
 
     kind: an argparse type, a list of choices, or None for what has no flag. default: a value, or a function
-    of the settings above it. several: the flag takes several values, for as many runs. detail: the losses
-    are the same up to rounding, so another value makes no other run: it is in no name, and --resume takes it.
+    of the settings above it. several: the flag takes several values, and each makes a run. detail: a matter
+    of how a run is carried out, with the same losses up to rounding; it is in no folder's name, and --resume
+    accepts another value.
     """
-    about = dict(kind=kind, what=what, default=default, several=several, detail=detail)
+    about = dict(kind=kind, help=help, default=default, several=several, detail=detail)
     return dataclasses.field(metadata=about)
 
 
@@ -425,8 +430,8 @@ def number(kind, low, high=10**9):
             value = kind(text)
             if low <= value <= high:  # false for NaN
                 return value
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:,} to {high:,}")
+        noun = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} from {low:,} to {high:,}")
 
     return parse
 
@@ -482,7 +487,7 @@ class Settings:
 
     model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
     norm_scale: str = setting(variant, "scale vectors: the variant, see norms.py", "standard", several=True)
-    optimizer: str = setting(list(MATRIX_OPTIMIZERS), "of the matrices inside the blocks", "adamw")
+    optimizer: str = setting(list(OPTIMIZERS), "of the matrices inside the blocks", "adamw")
     schedule: str = setting(list(SCHEDULES), "cosine, or constant and then linear to 0", "cosine")
     lr: float = setting(number(float, 1e-9), "peak learning rate", default_lr, several=True)
     seed: int = setting(number(int, 0), "of weights and batches", 0, several=True)
@@ -519,7 +524,7 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
     s = SimpleNamespace(
         preset=PRESETS[given.get("model") or "tiny"], machine=machine, data_vocab_size=data_vocab_size
     )
-    changed = {}
+    non_default = {}
     for name, field in FIELDS.items():
         default = field["default"](s) if callable(field["default"]) else field["default"]
         value = given.get(name)
@@ -530,24 +535,25 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
         if value is None or value == "auto":
             value = default
         if value != default:
-            changed[name] = value
+            non_default[name] = value
         setattr(s, name, value)
     # What is recorded is what is evaluated: whole windows, as many as there are.
     s.eval_tokens = max(1, min(s.eval_tokens, val_tokens - 1) // s.seq_len) * s.seq_len
-    return Settings(**{name: getattr(s, name) for name in FIELDS}), changed
+    return Settings(**{name: getattr(s, name) for name in FIELDS}), non_default
 
 
 def make_config(settings):
     """The model of these settings."""
     sizes = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Config)}
-    return Config(**sizes | {"norm_scale": NormScale.parse(settings.norm_scale)})
+    sizes["norm_scale"] = NormScale.parse(settings.norm_scale)
+    return Config(**sizes)
 
 
-def folder_name(settings, changed, data_sha256):
+def folder_name(settings, non_default, data_sha256):
     """The choices that make an experiment, then what differs from the preset's."""
     parts = [settings.model, settings.norm_scale, settings.optimizer, settings.schedule]
     parts += [f"lr{settings.lr:g}", f"seed{settings.seed}"]
-    for name, value in changed.items():
+    for name, value in non_default.items():
         if name == "data":  # two texts can have folders of one name
             value = re.sub(r"[^\w.+]+", "_", Path(value).name) + "_" + data_sha256["train.bin"][:6]
         if not FIELDS[name]["detail"] and name not in IN_EVERY_NAME:
@@ -557,7 +563,8 @@ def folder_name(settings, changed, data_sha256):
 
 def command_line():
     parser = CommandLine("train.py", description="Trains a Llama with the scale vectors of --norm-scale.")
-    length, again, instead = (parser.add_mutually_exclusive_group() for _ in range(3))
+    # Groups of flags of which at most one can be given.
+    length, existing_run, mode = (parser.add_mutually_exclusive_group() for _ in range(3))
     for name, field in FIELDS.items():
         if field["kind"] is None:
             continue
@@ -568,17 +575,17 @@ def command_line():
         if callable(default):
             default = "auto" if "auto" in how.get("choices", []) else "the preset's"
         group = length if name == "steps" else parser
-        group.add_argument(f"--{name.replace('_', '-')}", help=f"{field['what']} (default: {default})", **how)
+        group.add_argument(f"--{name.replace('_', '-')}", help=f"{field['help']} (default: {default})", **how)
     length.add_argument("--tokens", type=number(int, 1, 10**15), help="as many steps as see this many tokens")
     parser.add_argument("--out-dir", default="runs", help="where the run folders are (default: runs)")
     jobs = "of several runs, how many at once (default: as many as there are cores; on a GPU one)"
     parser.add_argument("--jobs", type=number(int, 1, 1024), help=jobs)
     resume = "go on from checkpoints; start runs without one, pass over those that are done or diverged"
-    again.add_argument("--resume", action="store_true", help=resume)
-    again.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
+    existing_run.add_argument("--resume", action="store_true", help=resume)
+    existing_run.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
     dry_run = "print parameters and optimiser groups; needs no data, allocates nothing"
-    instead.add_argument("--dry-run", action="store_true", help=dry_run)
-    instead.add_argument("--benchmark", action="store_true", help="time the variants in turn, train none")
+    mode.add_argument("--dry-run", action="store_true", help=dry_run)
+    mode.add_argument("--benchmark", action="store_true", help="time the variants in turn, train none")
     return parser
 
 
@@ -595,8 +602,9 @@ def tune_for_a_cpu():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    # Muon multiplies in bfloat16. Some virtual machines announce AMX, which oneDNN then uses for that on a
-    # CPU, but do not allow it: an illegal instruction. Float32, all else that runs there, loses nothing.
+    # Muon multiplies in bfloat16, for which oneDNN takes a CPU's AMX instructions. Some virtual machines
+    # announce AMX and do not allow it: the process dies of an illegal instruction. So without AMX; all else
+    # that a CPU does here is float32, which never uses it.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
@@ -604,25 +612,25 @@ class Machine:
     """The device that a run trains on, and this process's place among torchrun's: rank of processes."""
 
     def __init__(self, kind="auto"):
-        together = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE says nothing
-        self.rank = int(os.environ["RANK"]) if together else 0
-        self.processes = int(os.environ["WORLD_SIZE"]) if together else 1
-        here = int(os.environ["LOCAL_WORLD_SIZE"]) if together else 1
-        devices = {"cpu": here, "cuda": 0, "mps": int(torch.backends.mps.is_available())}
+        under_torchrun = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE says nothing
+        self.rank = int(os.environ["RANK"]) if under_torchrun else 0
+        self.processes = int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
+        on_this_machine = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1
+        devices = {"cpu": on_this_machine, "cuda": 0, "mps": int(torch.backends.mps.is_available())}
         if torch.cuda.is_available():
             devices["cuda"] = torch.cuda.device_count()
         self.best = "cuda" if devices["cuda"] else "cpu"
         self.kind = self.best if kind == "auto" else kind
-        if devices[self.kind] < here:
+        if devices[self.kind] < on_this_machine:
             found = f"torch finds {devices[self.kind]} {self.kind} devices"
-            raise UserError(f"--device: {found} on this machine, and {here} would be needed")
+            raise UserError(f"--device: {found} on this machine, and {on_this_machine} would be needed")
         self.device, self.is_gpu = torch.device(self.kind), self.kind == "cuda"
         self.has_bfloat16 = self.is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         self.name = platform.processor() or platform.machine()
         if self.is_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if together else 0)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if under_torchrun else 0)
             self.name = torch.cuda.get_device_name()
-        if together and not dist.is_initialized():
+        if under_torchrun and not dist.is_initialized():
             dist.init_process_group("nccl" if self.is_gpu else "gloo")
 
     def tensor(self, array):
@@ -647,7 +655,7 @@ class Machine:
         if self.processes > 1:
             dist.barrier()
 
-    def add_up(self, tensors):
+    def all_reduce(self, tensors):
         """Each tensor becomes its sum over all processes, in place."""
         if self.processes > 1:
             for tensor in tensors:
@@ -679,9 +687,11 @@ class Machine:
 
 
 class Stop:
-    """Whether Ctrl-C or SIGTERM came. The loop looks between steps; the second time they act at once.
+    """Ctrl-C or SIGTERM: `signum` is the last one that came, or 0.
 
-    Either is handed on to `processes`, the runs of a sweep, once each: whoever starts one holds the lock.
+    The loop looks between steps, and ends; a second signal ends the program at once. `processes` are the
+    runs of a sweep, to whom every signal is handed on. Whoever starts one holds the lock until it is in
+    there, so that none is missed.
     """
 
     signum, lock = 0, threading.RLock()
@@ -745,7 +755,7 @@ def run(plan, data, machine, resume):
         if resume and not (folder.path / "checkpoint.pt").exists():
             say("no checkpoint to go on from, starts at step 0")
         machine.wait_for_all()
-        config = what_made_it(plan, data, machine)
+        config = provenance(plan, data, machine)
         folder.write_config(config, "running")
         status, reason = "running", None  # as it stays after a second Ctrl-C
         try:
@@ -819,10 +829,10 @@ def describe(settings):
     return "\n".join(lines)
 
 
-def what_made_it(plan, data, machine):
+def provenance(plan, data, machine):
     """What config.json holds beside the outcome: command, settings, versions, machine, data and counts."""
-    here, commit = Path(__file__).resolve().parent, None
-    git = ["git", f"--git-dir={here / '.git'}", f"--work-tree={here}"]  # not a repository around this one
+    root, commit = Path(__file__).resolve().parent, None
+    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]  # not a repository around this one
     with suppress(OSError, subprocess.CalledProcessError):
         version = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip()
@@ -943,8 +953,8 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
                 say(f"  {tflops / most / machine.processes:.0%} of the peak of {card}")
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write("benchmark.csv", as_csv(rows))
-    what = f"medians of {rounds * steps} steps of {plans[0].settings.model} on {machine.name}"
-    say(f"{what}: {out_dir}/benchmark.csv")
+    medians = f"medians of {rounds * steps} steps of {plans[0].settings.model} on {machine.name}"
+    say(f"{medians}: {out_dir}/benchmark.csv")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -960,7 +970,7 @@ def check(s, data, machine):
     need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
     have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
     no_compiler = "torch.compile needs a C++ compiler, and on a GPU Triton"
-    for wrong, what in [
+    for wrong, message in [
         (s.batch_size < machine.processes, f"--batch-size: fewer than the {machine.processes} processes"),
         (s.dtype == "bfloat16" and not machine.has_bfloat16, "--dtype: bfloat16 needs a GPU that has it"),
         (s.compile == "on" and s.n_expert, "--compile: the loop over experts is not for torch.compile"),
@@ -970,10 +980,10 @@ def check(s, data, machine):
         (need > machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {have}"),
     ]:
         if wrong:
-            raise UserError(what)
+            raise UserError(message)
 
 
-def ended(plan, data, args):
+def finished_status(plan, data, args):
     """done or diverged, for a run that is over, else None. UserError where another run is in its folder."""
     if args.overwrite:
         return None
@@ -993,24 +1003,30 @@ def ended(plan, data, args):
     return config.get("status") if config.get("status") in ("done", "diverged") else None
 
 
+def combinations(args):
+    """{name: value} for each run: every combination of the values of the flags that take several."""
+    names = [name for name, field in FIELDS.items() if field["several"]]
+    values = [dict.fromkeys(getattr(args, name) or [None]) for name in names]  # none of them twice
+    return [dict(zip(names, chosen)) for chosen in itertools.product(*values)]
+
+
 def plans_of(args, data, machine):
-    """A Plan for every combination of values. Raises UserError where sizes do not go together."""
-    several = [name for name, field in FIELDS.items() if field["several"]]
+    """The Plan of every run of the command. Raises UserError where sizes do not go together."""
     vocab_size, val_tokens, sha256 = 2048, math.inf, {"train.bin": ""}
     if data:
         vocab_size, val_tokens, sha256 = data.vocab_size, len(data.val), data.sha256
     plans = []
-    values_of = [dict.fromkeys(getattr(args, name) or [None]) for name in several]  # none of them twice
-    for values in itertools.product(*values_of):
-        s, changed = resolve(vars(args) | dict(zip(several, values)), machine, vocab_size, val_tokens)
+    for values in combinations(args):
+        s, non_default = resolve(vars(args) | values, machine, vocab_size, val_tokens)
         if s.d_model % (2 * s.n_head):  # rotary embedding turns pairs
             raise UserError(f"--n-head: {s.n_head} heads of an even width do not make {s.d_model}")
-        named = {name: getattr(s, name) for name in IN_EVERY_NAME} | changed
-        named["dtype"] = s.dtype  # whose default depends on the machine
+        flags = {name: getattr(s, name) for name in IN_EVERY_NAME} | non_default
+        flags["dtype"] = s.dtype  # whose default depends on the machine
         if args.out_dir != "runs":
-            named["out_dir"] = args.out_dir
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
-        plans.append(Plan(s, RunFolder(Path(args.out_dir, folder_name(s, changed, sha256)), machine), flags))
+            flags["out_dir"] = args.out_dir
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        folder = RunFolder(Path(args.out_dir, folder_name(s, non_default, sha256)), machine)
+        plans.append(Plan(s, folder, flags))
     if len({plan.name for plan in plans}) < len(plans):
         raise UserError("--lr: two of these runs would share a folder")
     return plans
@@ -1043,7 +1059,7 @@ def execute(args):
         one = "give one value each to --norm-scale, --lr and --seed"
         raise UserError(f"torchrun trains one run at a time: {one}")
 
-    endings = [ended(plan, data, args) for plan in plans]  # of all, before one starts
+    endings = [finished_status(plan, data, args) for plan in plans]  # of all, before one starts
     for plan, ending in zip(plans, endings):
         if ending:
             say(f"{plan.name}: {ending} already")
