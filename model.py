@@ -44,12 +44,12 @@ class Block(nn.Module):
         super().__init__()
         d, variant = config.d_model, config.norm_scale
         self.attention = Attention(config)
-        self.ffn = self.feed_forward(config)
+        self.ffn = self.make_ffn(config)
         # Gemma normalises what both emit before it is added.
         self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
-    def feed_forward(self, config):
+    def make_ffn(self, config):
         d, variant = config.d_model, config.norm_scale
         return SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
 
@@ -70,8 +70,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        kind = MixtureBlock if config.n_expert else Block
-        self.blocks = nn.ModuleList(kind(config) for _ in range(config.n_layer))
+        block = MixtureBlock if config.n_expert else Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
         self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
         self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
 
@@ -112,8 +112,8 @@ class Transformer(nn.Module):
         """`count` tokens after `tokens` (1, T), sampled at temperature 1: (1, T + count)."""
         for _ in range(count):
             logits = self(tokens[:, -self.config.seq_len :])[:, -1]
-            following = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
-            tokens = torch.cat([tokens, following.to(tokens.device)], dim=1)
+            next_token = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+            tokens = torch.cat([tokens, next_token.to(tokens.device)], dim=1)
         return tokens
 
 
@@ -145,13 +145,13 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, h, variant = config.d_model, config.d_model // config.n_head, config.norm_scale
-        shared = shared_vector(d, variant)
-        self.head_dim = h
+        d, variant = config.d_model, config.norm_scale
+        self.head_dim = d // config.n_head
+        shared, of_heads = shared_vector(d, variant), {"head_dim": self.head_dim}
         self.o = nn.Parameter(torch.empty(d, d))
-        self.q = Branch(d, d, variant, shared, head_dim=h, qk_norm=config.gemma)
-        self.k = Branch(d, d, variant, shared, head_dim=h, qk_norm=config.gemma)
-        self.v = Branch(d, d, variant, shared, head_dim=h)
+        self.q = Branch(d, d, variant, shared, **of_heads, qk_norm=config.gemma)
+        self.k = Branch(d, d, variant, shared, **of_heads, qk_norm=config.gemma)
+        self.v = Branch(d, d, variant, shared, **of_heads)
 
     def forward(self, n, rotation):  # n (B, T, d)
         heads = (-1, self.head_dim)
@@ -203,23 +203,24 @@ class MixtureOfExperts(nn.Module):
     def forward(self, n):
         p = self.router(n).softmax(-1, dtype=torch.float32)  # (B, T, E)
         weight, expert = p.topk(self.top_k, dim=-1)  # (B, T, k)
-        load = F.one_hot(expert, self.n_expert).sum(2).float().mean(1) / self.top_k  # (B, E)
+        visits = F.one_hot(expert, self.n_expert).sum(2)  # (B, T, E): 1 where the token goes to the expert
+        load = visits.float().mean(1) / self.top_k  # (B, E)
         balance_loss = self.n_expert * (load * p.mean(1)).sum(-1).mean()
 
         y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
         tokens, expert, weight = n.flatten(0, 1), expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)
         for i, ffn in enumerate(self.experts):
-            visitor, choice = (expert == i).nonzero(as_tuple=True)
+            row, choice = (expert == i).nonzero(as_tuple=True)  # the tokens that chose it, as which of k
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
-            p_i = weight[visitor, choice, None]
-            y = y.index_add(0, visitor, p_i * ffn(tokens[visitor]))
+            p_i = weight[row, choice, None]
+            y = y.index_add(0, row, p_i * ffn(tokens[row]))
         return y.view_as(n), balance_loss
 
 
 class MixtureBlock(Block):
     """A Block whose feed-forward network is a mixture of experts."""
 
-    def feed_forward(self, config):
+    def make_ffn(self, config):
         return MixtureOfExperts(config)
 
     def forward(self, x, rotation):

@@ -7,7 +7,7 @@ on the way (the paper's section 2):
     RMSNorm(x; gamma) = gamma * Norm(x)              gamma in R^d, 1 at the start
 
 The design space (its Table 1). W_c is one of the linear branches c that one Norm feeds: {Q, K, V},
-{gate, up} or {LM head}; gamma_b stands on its input side, gamma_a on its output side.
+{gate, up} or {LM head}; gamma_b (in the code v) is on its input side, gamma_a (u) on its output side.
 
     none        W_c Norm(x)                                no scale vector anywhere
     standard    W_c (gamma * Norm(x))                      one gamma for all branches of the Norm
@@ -18,13 +18,14 @@ The design space (its Table 1). W_c is one of the linear branches c that one Nor
     or          gamma = beta * Norm(alpha)                 any scale vector above, written so
     er          gamma = exp(beta) * exp(alpha - mean(alpha))
 
-Everything but DNP is one reparameterisation of the weight (equation 13), with v on its input side and
-u on its output side:
+All but dnp are one reparameterisation of the weight (equation 13), with v on its input side and u on
+its output side:
 
     W  ->  diag(u) W diag(v) = W * (u v^T)
 
-and so it is computed here: the vectors meet the weight (d_out x d_in numbers a step), never the
-activations (tokens x d_in). DNP folds v, multiplies, normalises, and then scales by u.
+and so it is computed here: the vectors meet the weight (d_out x d_in numbers a step), not the activations
+(tokens x d_in). Only the u of dnp meets activations, those that come out of its Norm, which is over one
+head's at a time for Q, K and V, and over all of a branch's output elsewhere (of the LM head: all logits).
 
 Read first `norm_formula`, `NormScale`, `ScaleVector` and `Branch` here, then `Block` in model.py.
 """
@@ -49,7 +50,7 @@ def norm_formula(x, u=None):
 
     Its derivative stands in `Norm` below: who changes one changes the other.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 u would move in steps of 0.8 %
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 rounds by up to 0.4 %
     r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
     n = r * wide
     y = n if u is None else u * n
@@ -127,12 +128,12 @@ class ScaleVector(nn.Module):
     def __init__(self, dim, role, form):
         super().__init__()
         self.role = role
-        at_the_start, self.form = FORMS[form]
+        at_the_start, self.gamma_of = FORMS[form]
         for name, value in at_the_start(dim).items():
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self):
-        return self.form(*self.parameters())  # in the order of FORMS
+        return self.gamma_of(*self.parameters())  # in the order of FORMS
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -143,14 +144,14 @@ class Branch(nn.Module):
     """One linear map W (d_out x d_in) of n = Norm(x), with what the variant puts around it:
 
         y = (W * (u v^T)) n            none, standard, hg, ap, dp: u and v where there are any
-        y = u * Norm((W * v^T) n)      dnp: `norm` is that Norm with its u, over head_dim entries at a time
+        y = u * Norm(W diag(v) n)      dnp: `norm` is that Norm with its u, over head_dim entries at a time
 
     In `standard`, what every Llama has, v is the vector that the branches of a Norm share, and u and norm
-    are None: y = W (v * n).
+    are None: y = W (v * n). Gemma has a Norm behind Q and K in any variant, y = u' * Norm((W * (u v^T)) n).
 
     shared: the v that all branches of a Norm share (see `shared_vector`). output=False: nothing on the
-    output side in any variant. qk_norm: a Norm over head_dim entries in any variant, with one vector for
-    all heads; under DNP that Norm is there already.
+    output side in any variant. qk_norm: Gemma's Norm, over head_dim entries, with one u' for all heads;
+    under DNP that Norm is there already.
     n (..., d_in) -> y (..., d_out). W is uninitialised.
     """
 
@@ -158,12 +159,11 @@ class Branch(nn.Module):
         super().__init__()
         self.W = nn.Parameter(torch.empty(d_out, d_in))
         self.v = self.u = self.norm = None
-        has_u = variant.has_u and output
         if variant.has_v:  # standard, hg, dp, dnp
             self.v = shared or ScaleVector(d_in, "Input-Norm", variant.form)
-        if has_u and not variant.norm_behind:  # ap, dp
+        if output and variant.has_u and not variant.norm_behind:  # ap, dp
             self.u = ScaleVector(d_out, "Input-Norm", variant.form)
-        if has_u and variant.norm_behind:  # dnp
+        if output and variant.norm_behind:  # dnp
             self.norm = OutputNorm(d_out, variant, head_dim)
         elif qk_norm:
             self.norm = OutputNorm(head_dim, variant)
@@ -252,7 +252,8 @@ class Norm(torch.autograd.Function):
 
         dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all that share u
 
-    The projection takes out the part along x, as rescaling x changes nothing: it is that of Theorem 3.2.
+    The projection takes out the part along x, as rescaling x changes nothing (but for EPS): it is that of
+    Theorem 3.2.
     """
 
     @staticmethod
@@ -268,7 +269,7 @@ class Norm(torch.autograd.Function):
         gn, du = g * n, None
         if u is not None:
             du = gn.to(u.dtype).sum_to_size(u.shape)
-            g, gn = u * g, u * gn
+            g, gn = u * g, u * gn  # from here on dL/dn in place of dL/dy
         along = gn.mean(-1, keepdim=True, dtype=r.dtype)
         dx = torch.addcmul(g, n, along, value=-1).mul_(r)  # r (g - n * along)
         return dx.to(n.dtype), du
@@ -341,19 +342,21 @@ def parse_parts(text):
 #
 #     direct   P = I
 #     or       P = q q^T + (beta^2 d / ||alpha||^2) (I - q q^T / d),   q = Norm(alpha)      (Theorem 3.2)
-#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T             (not in the paper; OR's at gamma = 1)
+#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T             (not in the paper; OR's at the start)
 
 
-def student(variant, teacher):
+def student(norm_scale, teacher):
     """A Branch where the theorems start it: W = 0, scale vectors 1, in float64. teacher (d_out, d_in)."""
     d_out, d_in = teacher.shape
-    branch = Branch(d_in, d_out, NormScale.parse(variant)).double()
+    branch = Branch(d_in, d_out, NormScale.parse(norm_scale)).double()
     nn.init.zeros_(branch.W)
     return branch
 
 
 def population_loss(branch, teacher):
-    """1/2 ||A - W*||_F^2, with A the effective weight; teacher (d_out, d_in). Not for DNP."""
+    """1/2 ||A - W*||_F^2, with A the effective weight; teacher (d_out, d_in). ValueError for DNP."""
+    if branch.norm is not None:
+        raise ValueError("with a Norm behind it a branch is no linear map, and has no effective weight")
     return (branch.effective_weight() - teacher).square().sum() / 2
 
 

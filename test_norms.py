@@ -523,6 +523,11 @@ def flow(variant, teacher, observe, t_end=1, steps=400):
     return [torch.stack(quantity) for quantity in zip(*seen)]
 
 
+def test_a_branch_with_a_norm_behind_it_is_no_linear_student():
+    with pytest.raises(ValueError, match="no effective weight"):
+        norms.population_loss(norms.student("dnp", TEACHER), TEACHER)
+
+
 def losses(variant, teacher, *course):
     return flow(variant, teacher, lambda m: [norms.population_loss(m, teacher)], *course)[1]
 
@@ -538,11 +543,11 @@ def P_of(vector):
     d = len(vector())
     if hasattr(vector, "gamma"):
         return torch.eye(d, dtype=torch.float64)
-    if vector.form is norms.FORMS["or"][1]:
+    if vector.gamma_of is norms.FORMS["or"][1]:
         q = vector.alpha * d**0.5 / vector.alpha.norm()
         along = torch.outer(q, q)
         return along + vector.beta**2 * d / vector.alpha.norm() ** 2 * (torch.eye(d) - along / d)
-    if vector.form is norms.FORMS["er"][1]:
+    if vector.gamma_of is norms.FORMS["er"][1]:
         gamma = torch.exp(vector.beta + vector.alpha - vector.alpha.sum() / d)
         return torch.diag(gamma**2) + (1 - 1 / d) * torch.outer(gamma, gamma)
     J = jacobian(vector(), vector.parameters())  # of a form of your own
