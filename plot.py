@@ -34,7 +34,7 @@ from prepare_data import CommandLine, run_as_a_tool, use_any_terminal
 # Runs that differ in a setting are different curves; alike in COURSE, they took the same batches and test.
 SIZES = ("model", "d_model", "n_layer", "n_head", "d_ff")
 COURSE = ("optimizer", "schedule", "steps", "batch_size", "data", "vocab_size", "seq_len", "eval_tokens")
-SETTINGS = ("norm_scale", *SIZES, *COURSE, "weight_decay", "grad_clip", "warmup_steps", "dtype")
+SETTINGS = ("norm_scale", *SIZES, *COURSE, "weight_decay", "grad_clip", "warmup_steps", "dtype", "eval_every")
 WORDS = ("norm_scale", "model", "optimizer", "schedule", "dtype", "data", "status")  # the others are numbers
 
 
@@ -306,14 +306,15 @@ def loss_picture(curves, baseline):
     figure = Figure(figsize=(12 if compared else 7, 8.4 if several else 4.2))
     for best, axes in zip((False, True), figure.subplots(1 + several, 1 + compared, squeeze=False)):
         rows = make_rows(curves, best)
-        common = "at the baseline's lr" if several else f"lr {rows[0].lr:g}"
+        one_lr = not several and len({row.lr for row in rows}) == 1
+        common = f"lr {rows[0].lr:g}" if one_lr else "at the baseline's lr"
         where = "each at its own best lr" if best else common
         text += [f"{where}:", *table(rows, baseline)]
         for axis, relative, title in zip(axes, (False, True), ("", f"relative to {baseline}, ")):
             lines = draw_losses(axis, rows, styles, relative)
             axis.set_title(title + where)
         for row, line in zip(rows, lines):
-            at_lr = f", lr {row.lr:g}" if several else ""
+            at_lr = "" if one_lr else f", lr {row.lr:g}"
             line.set_label(f"{row.curve.label}{at_lr}, {row.finished} seeds  {row.difference}")
         title = "mean difference ± 95 % interval, * excludes 0" if compared else None
         widths.append(add_legend(axes[-1], lines, title=title, bbox_to_anchor=(1.01, 0.5)))
@@ -405,8 +406,9 @@ def scaling_points(curves, norm_scale):
 
 def scaling_picture(curves, baseline, variant):
     """The two laws, and the compute saved at equal loss; and the lines for the terminal."""
-    for name in ("data", "vocab_size", "eval_tokens"):  # not seq_len: the paper's own sizes have two
-        if len({curve.config[name] for curve in curves}) > 1:
+    # Not seq_len: the paper's own sizes have two.
+    for name in ("data", "vocab_size", "eval_tokens", "gemma", "n_expert"):
+        if len({curve.config.get(name) for curve in curves}) > 1:
             raise ValueError(f"the runs are not of the same {name}: give the folders of one")
     figure, fits, lines = Figure(figsize=(8, 5)), [], []
     axis = figure.subplots()

@@ -929,6 +929,12 @@ def test_vocabulary_comes_from_the_training_text_alone_and_files_are_joined(tmp_
     assert tokenizer(BOOK, zyx) == of_book != tokenizer(BOOK + zyx, BOOK)
 
 
+def test_a_large_text_lends_the_vocabulary_a_sample(monkeypatch):
+    monkeypatch.setattr(prepare_data, "BPE_CHARACTERS", 1000)
+    encoding = prepare_data.train_bpe(lambda: iter(["ab" * 400, "yz" * 400]), 300)
+    assert [len(encoding.encode_ordinary(text)) for text in ("ab", "yz")] == [1, 2]
+
+
 @pytest.mark.parametrize("tokenizer", prepare_data.PATTERNS)
 def test_blocks_do_not_change_the_tokens(tmp_path, monkeypatch, tokenizer):
     words = ["a", "it's", "é", "12", ".", "中", "?!", "_"]
@@ -1084,8 +1090,8 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def statuses():
-    configs = [config_of(path.parent) for path in Path("runs").glob("*/config.json")]
+def statuses(parent="runs"):
+    configs = [config_of(path.parent) for path in Path(parent).glob("*/config.json")]
     return {config["norm_scale"]: config["status"] for config in configs}
 
 
@@ -1137,6 +1143,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(small, monkeypatch
     assert stopped_at_step(13, signum, monkeypatch, lambda: small(*flags)) == 128 + signum
     assert "--resume" in capsys.readouterr().out and statuses() == {"unified": "interrupted"}
     whole, cut = only_run("whole"), only_run()
+    assert checkpoint_of(cut)["record"]["step"] == 13
     with_text("metrics.csv", "torn")(cut)  # tables are written whole, from the checkpoint
     assert small("--resume", *flags) == 0
     assert rows_of(whole) == rows_of(cut) and [row["step"] for row in rows_of(cut)] == [5, 10, 15, 20]
@@ -1160,7 +1167,8 @@ def test_the_record_reads_without_this_code_and_its_command_gives_the_same_metri
     flags = ["--model=moe-tiny", "--optimizer=muon", "--schedule=wsd", "--d-ff=+8", "--lr=3e-3", "--seed=7"]
     small("--norm-scale=unified", "--checkpoint-every=4", "--warmup-steps=2", *flags)
     folder = only_run()
-    config, state = config_of(folder), checkpoint_of(folder)["model"]
+    config, saved = config_of(folder), checkpoint_of(folder)
+    state = saved["model"]
     assert folder.name.startswith("moe-tiny-unified-muon-wsd-lr0.003-seed7-batch_size4-seq_len16-steps20")
     assert {*train.FIELDS, "python", "torch", "git_commit", "parameters", "bytes_per_token"} <= config.keys()
     assert (config["status"], config["d_ff"], config["tokens_per_step"]) == ("done", 50, 64)
@@ -1168,6 +1176,10 @@ def test_the_record_reads_without_this_code_and_its_command_gives_the_same_metri
     last = table_of(folder / "metrics.csv")[-1]
     columns = "step tokens seconds lr train_loss val_loss grad_norm tokens_per_second peak_memory_mb"
     assert (" ".join(last), last["tokens"], float(last["lr"])) == (columns, "1280", pytest.approx(0.003 / 4))
+    groups = [group for optimizer in saved["optimizers"] for group in optimizer["param_groups"]]
+    assert {group["lr"] for group in groups} == {float(last["lr"])}
+    panels = plot.read_scales(plot.read_run(folder))
+    assert [list(by_step) for by_step in panels.values()] == [[5, 10, 15, 20]] * 5
     scales = {row["name"]: row for row in table_of(folder / "scales.csv") if row["step"] == "20"}
     norm = state["blocks.0.attention.q.W"].norm().item()
     assert float(scales["blocks.0.attention.q.W"]["norm"]) == pytest.approx(norm)
@@ -1205,6 +1217,15 @@ def test_every_window_can_be_drawn_and_what_is_evaluated_is_recorded():
         assert s.eval_tokens == evaluated
 
 
+def test_every_window_is_dealt_out_once(data_folder):
+    data = TokenFolder(data_folder)
+    s = settings("--seq-len=16", "--eval-tokens=112", "--micro-batch-size=2")
+    ranks = [SimpleNamespace(rank=rank, processes=2, tensor=torch.from_numpy) for rank in (0, 1)]
+    batches = [batch for rank in ranks for batch in train.validation_batches(data, s, rank)]
+    seen = torch.cat([inputs[:windows] for inputs, _, windows in batches]).flatten().tolist()
+    assert sorted(seen) == sorted(data.val[:112].tolist())
+
+
 @pytest.mark.parametrize("clip", [0, 0.1])
 def test_the_step_takes_the_clipped_gradient_of_both_losses(small, data_folder, monkeypatch, clip):
     seen = []
@@ -1214,9 +1235,9 @@ def test_the_step_takes_the_clipped_gradient_of_both_losses(small, data_folder, 
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     monkeypatch.setattr(train, "BALANCE_LOSS", 1000 * train.BALANCE_LOSS)  # 1, where it is felt
-    small("--model=moe-tiny", f"--grad-clip={clip}", "--steps=1", "--micro-batch-size=2")
+    small("--model=moe-tiny", f"--grad-clip={clip}", "--steps=1", "--micro-batch-size=2", "--seed=3")
     s = train.Settings(**checkpoint_of(only_run())["settings"])
-    model = Transformer(train.make_config(s)).init_weights(0)
+    model = Transformer(train.make_config(s)).init_weights(3)
     tokens = train.batch(TokenFolder(data_folder), s, 0, train.Machine("cpu"))
     language, balance = model(tokens[:, :-1], tokens[:, 1:])
     gradients = torch.autograd.grad(language + balance, list(model.parameters()))
@@ -1325,9 +1346,13 @@ def test_each_ctrl_c_reaches_every_run_of_a_sweep_once(small, monkeypatch):
     assert [run.returncode for run in runs] == [0, 0]
 
 
-def test_an_overwritten_run_of_a_sweep_does_not_pass_for_done_before_its_turn(small, monkeypatch):
+def test_a_sweep_overwrites_all_or_nothing_before_the_first_run(small, monkeypatch, told_in_one_line):
     sweep, popen = ["--norm-scale", "none", "hg", "--steps=5"], subprocess.Popen
-    assert small(*sweep) == 0 and statuses() == {"none": "done", "hg": "done"}
+    assert small(*sweep) == 0
+    (second,) = Path("runs").glob("tiny-hg-*")
+    with train.RunFolder(second, train.Machine("cpu")).lock():
+        told_in_one_line(lambda: small(*sweep, "--overwrite"), "another process")
+    assert statuses() == {"none": "done", "hg": "done"} and checkpoint_of(second)
 
     def killing(words, **how):
         process = popen(words, **how)
@@ -1353,6 +1378,28 @@ def test_a_signal_acts_at_once_the_second_time(small, monkeypatch):
     assert small() == 130 and statuses() == {"standard": "running"}
 
 
+def test_a_signal_to_another_process_stops_this_one(small, monkeypatch):
+    monkeypatch.setattr(train.Machine, "sum", lambda self, value: value or int(signal.SIGTERM))
+    assert small() == 143 and statuses() == {"standard": "interrupted"}
+
+
+def test_a_cpu_takes_a_run_a_core_and_a_resumed_one_the_threads_of_before(small, monkeypatch):
+    monkeypatch.setattr(train, "available_cores", lambda: 3)
+    monkeypatch.setattr(train, "sweep", lambda plans, jobs, resume: (len(plans), jobs))
+    assert small("--norm-scale", "none", "hg", "ap", "dp") == (4, 3)
+    assert small("--norm-scale=hg") == 0
+    assert small("--norm-scale", "none", "hg", "--resume") == (1, 2)
+
+
+def test_products_are_in_the_dtype_of_the_machine():
+    for dtype in ("float32", "bfloat16"):
+        machine = train.Machine("cpu")
+        with machine.autocast(dtype):
+            assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
+        machine.has_bfloat16 = dtype == "bfloat16"
+        assert train.default_dtype(SimpleNamespace(machine=machine)) == dtype
+
+
 @pytest.mark.parametrize("gpu, triton, experts, on", [(0, 1, 0, 0), (1, 1, 0, 1), (1, 0, 0, 0), (1, 1, 8, 0)])
 def test_compile_where_it_works(monkeypatch, gpu, triton, experts, on):
     monkeypatch.setattr(train, "has_triton", lambda: triton)
@@ -1364,10 +1411,17 @@ def test_compile_where_it_works(monkeypatch, gpu, triton, experts, on):
 
 def test_in_a_thread_as_in_a_notebook(small):
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(small("--norm-scale", "none", "hg", "--steps=5")))
+    sweep = ["--norm-scale", "none", "hg", "--steps=5", "--out-dir=another place"]
+    thread = threading.Thread(target=lambda: codes.append(small(*sweep)))
     thread.start()
     thread.join()
-    assert codes == [0] and statuses() == {"none": "done", "hg": "done"}
+    assert codes == [0] and statuses("another place") == {"none": "done", "hg": "done"}
+
+
+def test_the_first_command_prepares_the_built_in_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*SMALL, "--steps=1"]) == 0 and statuses() == {"standard": "done"}
+    assert TokenFolder("data/sotu").vocab_size == 2048
 
 
 def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkeypatch, told_in_one_line):
@@ -1379,7 +1433,8 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkey
     older = config_of(only_run())
     del older["grad_clip"]  # a setting that was declared after this run had its default
     with_text("config.json", json.dumps(older))(only_run())
-    assert small("--resume") == 0 and "done already" in capsys.readouterr().out
+    assert small("--resume", "--checkpoint-every=3", "--micro-batch-size=2") == 0
+    assert "done already" in capsys.readouterr().out
     monkeypatch.setattr(train.FileLock, "acquire", Mock(side_effect=OSError(37, "No locks available")))
     assert small("--overwrite") == 0 and "No locks available" in capsys.readouterr().err
 
@@ -1419,11 +1474,13 @@ def test_benchmark_leaves_its_table(small):
     assert rate == pytest.approx(64_000 / ms, rel=1e-3) and os.listdir("bench here") == ["benchmark.csv"]
 
 
-def test_torch_compile_gives_the_same_losses(small):
+def test_torch_compile_gives_the_same_losses(small, monkeypatch):
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    monkeypatch.setattr(torch, "compile", Mock(wraps=torch.compile))
     for switch in ("on", "off"):
         small(f"--compile={switch}", "--norm-scale=unified", "--steps=6", f"--out-dir={switch}")
+    assert torch.compile.call_count == 1
     for a, b in zip(rows_of(only_run("on")), rows_of(only_run("off"))):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
 
@@ -1615,6 +1672,13 @@ def test_each_variant_at_one_common_and_at_its_own_best_lr(tmp_path, capsys):
     assert best[1:5] == ["0.004", "2 of 2", "4.0000", "+0.2000 ± -"]  # standard at its best, 0.002
 
 
+def test_a_heading_names_one_learning_rate_only_where_all_have_it(tmp_path, capsys):
+    write_run(tmp_path, "standard")
+    assert ["lr 0.004:"] in plotted(capsys, tmp_path)
+    write_run(tmp_path, "standard", lr=0.016, optimizer="muon")
+    assert ["at the baseline's lr:"] in plotted(capsys, tmp_path)
+
+
 def test_labels_name_what_differs_and_bases_follow(tmp_path, capsys):
     for label, base, settings in (
         ("standard", "standard", {}),
@@ -1624,6 +1688,7 @@ def test_labels_name_what_differs_and_bases_follow(tmp_path, capsys):
         ("none, d_ff 171", "standard", {"d_ff": 171}),  # the only standard that others are paired with
         ("none, big", None, {"model": "big", "d_model": 128, "n_head": 8}),
         ("none, steps 60", None, {"steps": 60, "warmup_steps": 30}),
+        ("none, eval_every 50", "standard", {"eval_every": 50}),
         ("none, eval_tokens 2000", None, {"eval_tokens": 2000}),  # other losses are never compared
         ("none, own cdcdcdcd", None, {"data": "C:\\own", "data_sha256": {"val.bin": "cd" * 32}}),
     ):
@@ -1641,6 +1706,14 @@ def test_every_curve_has_a_look_of_its_own():
     styles = plot.looks(curves).values()
     assert len({(style["color"], style["ls"], style["marker"]) for style in styles}) == 100
     assert [style["color"] == "black" for style in styles] == [True, *[False] * 99]
+
+
+def test_relative_lines_are_minus_the_baseline_of_the_same_seed(tmp_path):
+    for seed, base in ((0, 4.0), (1, 4.4)):
+        write_run(tmp_path, "standard", seed, losses=(7.6, 5.0, base))
+        write_run(tmp_path, "none", seed, losses=(7.6, 5.0, base + 0.5 + seed))
+    lines = plot.seed_lines(plot.make_rows(curves_of(tmp_path), best=False)[0], relative=True)
+    assert sorted(list(line.values()) for line in lines) == [[0, 0, 0.5], [0, 0, 1.5]]
 
 
 def test_limits_hold_the_ends_but_no_spike_and_bars_stand_apart(tmp_path):
@@ -1725,6 +1798,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (lambda folder: (folder / "metrics.csv").unlink(), "", "no run with an evaluation"),
         (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
         (lambda folder: write_run(folder.parent, eval_tokens=9), "--kind=scaling", "the same eval_tokens"),
+        (lambda folder: write_run(folder.parent, model="moe", n_expert=8), "--kind=scaling", "the same n_expert"),
     ],
 )
 def test_mistakes_in_records(spoil, flags, words, tmp_path, told_in_one_line):

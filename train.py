@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -1059,21 +1059,24 @@ def execute(args):
         one = "give one value each to --norm-scale, --lr and --seed"
         raise UserError(f"torchrun trains one run at a time: {one}")
 
-    endings = [finished_status(plan, data, args) for plan in plans]  # of all, before one starts
+    endings = [finished_status(plan, data, args) for plan in plans]
     for plan, ending in zip(plans, endings):
         if ending:
             say(f"{plan.name}: {ending} already")
     remaining = [plan for plan, ending in zip(plans, endings) if not ending]
-    if not args.resume:  # of all, before one starts: a run of before must not pass for one that is done
-        for plan in remaining:
-            if plan.folder.path.exists():
-                with plan.folder.lock():
-                    plan.folder.clear()
+    if not args.resume:  # before any run starts: an old one must not pass for one that this command finished
+        old = [plan.folder for plan in remaining if plan.folder.path.exists()]
+        with ExitStack() as locks:  # all of them, before anything is lost
+            for folder in old:
+                locks.enter_context(folder.lock())
+            for folder in old:
+                folder.clear()
     code = int("diverged" in endings)
     if len(plans) == 1 and remaining:
         return run(plans[0], data, machine, args.resume)
     if remaining:
-        jobs = min(len(remaining), args.jobs or (1 if machine.is_gpu else available_cores()))
+        # Of all runs, not of those that remain: so a resumed one has as many threads as before.
+        jobs = min(len(plans), args.jobs or (1 if machine.is_gpu else available_cores()))
         code = sweep(remaining, jobs, args.resume) or code
     return code
 
