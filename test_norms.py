@@ -1798,7 +1798,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (lambda folder: (folder / "metrics.csv").unlink(), "", "no run with an evaluation"),
         (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
         (lambda folder: write_run(folder.parent, eval_tokens=9), "--kind=scaling", "the same eval_tokens"),
-        (lambda folder: write_run(folder.parent, model="moe", n_expert=8), "--kind=scaling", "the same n_expert"),
+        (lambda folder: write_run(folder.parent, d_ff=9, gemma=True), "--kind=scaling", "the same gemma"),
     ],
 )
 def test_mistakes_in_records(spoil, flags, words, tmp_path, told_in_one_line):
