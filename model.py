@@ -4,7 +4,7 @@
 
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
 section 3. Two options make its other models: Gemma's extra norms, and a mixture of experts in place of
-each FFN. There is no branch on a scale-vector variant here: `Branch` takes care of that.
+each FFN. No code here depends on the scale-vector variant: `Branch` takes care of that.
 Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k a token.
 """
 
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices ~ N(0, std^2), std 0.02, or onto the residual stream 0.02 / sqrt(2 layers).
+        """Matrices ~ N(0, std^2): std 0.02, or 0.02 / sqrt(2 layers) where they write to the residual stream.
 
         Scale vectors start at 1 and take no random number: with one seed every variant starts from the
         same matrices. Returns the model.
@@ -184,9 +184,9 @@ class MixtureOfExperts(nn.Module):
 
         y = FFN_shared(n) + sum over the k largest p_i of p_i FFN_i(n),     p = softmax(W_router n)
 
-    The p_i are used as they are, not renormalised over the k. No token is dropped. Balance loss (Switch),
-    for each sequence, then averaged: E sum_i f_i P_i, with f_i its load, the share of the kT assignments
-    that went to expert i, and P_i its mean probability; it is 1 where the load is even.
+    The p_i are used as they are, not renormalised over the k. No token is dropped. The balance loss (Switch)
+    of a sequence is E sum_i f_i P_i, where f_i is the load of expert i (its share of the kT assignments) and
+    P_i its mean probability; it is 1 where the load is even. It is averaged over sequences.
     Returns y (B, T, d) and the balance loss.
     """
 
@@ -210,7 +210,7 @@ class MixtureOfExperts(nn.Module):
         y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
         tokens, expert, weight = n.flatten(0, 1), expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)
         for i, ffn in enumerate(self.experts):
-            row, choice = (expert == i).nonzero(as_tuple=True)  # the tokens that chose it, as which of k
+            row, choice = (expert == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of k
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
             p_i = weight[row, choice, None]
             y = y.index_add(0, row, p_i * ffn(tokens[row]))
@@ -234,9 +234,9 @@ class MixtureBlock(Block):
 #
 # Presets: the paper's tables of section 3, and sizes for a laptop
 #
-# Beside the sizes stand the settings that go with them. lr_muon and lr_wsd are the paper's learning rates
-# for Muon and for the wsd schedule where it names them. Its steps are 100 tokens for each (activated)
-# parameter. A vocabulary that is not named is the data's.
+# A preset has sizes, and the settings that go with them. lr_muon and lr_wsd are the paper's learning rates
+# for Muon and for the wsd schedule where it names them; its steps amount to 100 tokens per (activated)
+# parameter. A preset without vocab_size takes the data's.
 
 
 def sizes(d_model, n_head, n_layer, **others):

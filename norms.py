@@ -23,9 +23,9 @@ its output side:
 
     W  ->  diag(u) W diag(v) = W * (u v^T)
 
-and so it is computed here: the vectors meet the weight (d_out x d_in numbers a step), not the activations
-(tokens x d_in). Only the u of dnp meets activations, those that come out of its Norm, which is over one
-head's at a time for Q, K and V, and over all of a branch's output elsewhere (of the LM head: all logits).
+and so it is computed here: the vectors multiply the weight (d_out x d_in numbers per step), not the
+activations (tokens x d_in). Only the u of dnp multiplies activations, the output of its Norm. That Norm is
+over one head at a time for Q, K and V, and over a branch's whole output elsewhere (LM head: all logits).
 
 Read first `norm_formula`, `NormScale`, `ScaleVector` and `Branch` here, then `Block` in model.py.
 """
@@ -48,7 +48,7 @@ EPS = 1e-6  # added to the mean square of activations; the paper names none
 def norm_formula(x, u=None):
     """y = u * n with n = r x and r = 1 / rms(x), along the last axis: (y in the dtype of x, n, r).
 
-    Its derivative stands in `Norm` below: who changes one changes the other.
+    The class `Norm` below has its derivative in closed form: change both together.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 rounds by up to 0.4 %
     r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -60,7 +60,7 @@ def norm_formula(x, u=None):
 def normalize(x, u=None):
     """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2).
 
-    It is norm_formula, whose derivative the class Norm below has in closed form, for speed alone.
+    It is norm_formula; the class Norm below has its derivative in closed form, for speed alone.
     """
     # A compiler derives and fuses the formula by itself; torch 2.11 compiles our derivative wrongly.
     if torch.compiler.is_compiling():
@@ -77,7 +77,7 @@ class NormScale:
     """One point of the design space. The defaults are `standard`: one v for all branches of a Norm."""
 
     parts: tuple = ("standard",)  # its names in the grammar
-    has_vectors: bool = True  # False: none anywhere, behind Gemma's Norms neither
+    has_vectors: bool = True  # False: none anywhere, not even after Gemma's Norms
     has_v: bool = True  # gamma_b, on the input side of every branch
     v_per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
     has_u: bool = False  # gamma_a, on the output side, always one a branch
@@ -227,8 +227,8 @@ def fold(model):
 def decay_groups(model, variant, weight_decay):
     """The optimiser's groups [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
 
-    Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Under OR
-    and ER the raw alpha and beta decay: under OR beta pulls gamma to 0, under ER both pull it to 1.
+    Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Decay acts on
+    the raw parameters: under OR that of beta pulls gamma to 0, under ER that of both pulls it to 1.
     """
     role_of = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
     groups = []

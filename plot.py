@@ -121,7 +121,7 @@ class Curve:
         return [other for other in curves if all(self.config[name] == other.config[name] for name in names)]
 
     def lr(self, best):
-        """The lr of lowest mean final loss: of those that all runs finished, or of those that most did."""
+        """The lr of lowest mean final loss; best: of those that all runs finished, else: that most did."""
 
         def order(lr):
             runs, finished = self.rates[lr], len(finals(self.rates[lr]))
@@ -156,8 +156,8 @@ def make_curves(runs, baseline):
 
 
 def name_curves(curves):
-    """label: norm_scale, and each setting in which curves of one name so far differ, but its usual value.
-    What follows from another setting stays unnamed, as warmup_steps does from steps. No two are equal."""
+    """label: norm_scale, and each setting in which curves of one label so far differ, unless its value is the
+    usual one. What follows from another setting stays unnamed, as warmup_steps does from steps."""
     for name in SETTINGS[1:]:
         usual, count = Counter(curve.config[name] for curve in curves).most_common(1)[0]
         values = {}  # label so far -> the values of this setting
@@ -172,8 +172,8 @@ def name_curves(curves):
 
 
 def find_bases(curves, baseline):
-    """base: the baseline that differs in norm_scale alone, else the only one of the same course. A baseline
-    with which no variant can be paired, as a control with a wider d_ff, is itself compared."""
+    """base: the baseline that differs in norm_scale alone, else the only one of the same model and course. A
+    baseline with which no variant can be paired, as a control with a wider d_ff, is compared with another."""
     bases = [curve for curve in curves if curve.config["norm_scale"] == baseline]
     variants = [curve for curve in curves if curve not in bases]
     for curve in curves:
@@ -268,9 +268,9 @@ def seed_lines(row, relative):
 
 
 def draw_losses(axis, rows, styles, relative):
-    """Means over seeds, single seeds faint; relative: 95 % intervals side by side behind the end. Returns the
-    lines of the means. Limits hold the ends and middle 70 % of the last 70 % of each mean, so that no spike
-    and no fall from ln(vocabulary) flattens the rest."""
+    """Means over seeds, single seeds faint; relative: 95 % intervals side by side, right of the last point.
+    Returns the lines of the means. The limits of y hold the ends, and the middle 70 % of the values, of the
+    last 70 % of each mean: no spike and no fall from ln(vocabulary) flattens the rest."""
     decided, means, shown, starts = [row for row in rows if finals(row.runs)] or rows, [], [], []
     for place, row in enumerate(rows, 1):
         style, lines = styles[row.curve], seed_lines(row, relative)

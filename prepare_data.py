@@ -80,8 +80,8 @@ def read_blocks(paths):
                 raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {byte}") from None
 
 
-# Text may be cut behind a letter or digit that neither follows: both patterns end a word there, and
-# its tokens stay the same. This matches up to the last such place; all of a text that has none.
+# Text may be cut after a letter or digit that is followed by neither: both patterns end a word there, and
+# its tokens stay the same. CUT matches up to the last such place, or the whole text where there is none.
 CUT = re.compile(r".*[^\W_](?=\W)|.*", re.DOTALL)
 
 
@@ -101,8 +101,8 @@ def read(paths, start=0, stop=sys.maxsize):
 
 def text_of_files(paths, val_paths):
     """Training and validation text of files, each as a function that reads it: text() gives its pieces.
-    Without val_paths the last tenth is for validation, from its first paragraph on; or all of it, where none
-    begins within a twentieth of the text and a BLOCK."""
+    Without val_paths the last tenth is for validation, from its first new paragraph on; or all of it, where
+    none begins within a twentieth of the text or a BLOCK, whichever is shorter."""
     for path in (*paths, *val_paths):
         if not Path(path).is_file():
             raise UserError(f"{path} is not a file (text from a pipe is read twice: save it to a file first)")
@@ -155,8 +155,8 @@ def gpt2_encoding():
 
 @contextmanager
 def appearing(path, replace):
-    """Gives a path to write to; the file or folder that is there at the end becomes `path`, as a whole.
-    An error on the way there leaves all as it was."""
+    """Gives a temporary path to write to; what is there at the end is moved to `path`, as a whole. An error
+    before that leaves everything as it was."""
     above = next(parent for parent in path.parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above) as folder:
         new = Path(folder, "new")
@@ -336,7 +336,7 @@ class TokenFolder:
 
 
 def use_any_terminal():
-    """Lets print work where letters are missing, which become "?", and where there is no output (`>&-`)."""
+    """Lets print work on a terminal that lacks letters, which become "?", and without any output (`>&-`)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
@@ -345,7 +345,7 @@ def use_any_terminal():
 
 
 def run_as_a_tool(main):
-    """A program from the command line. Where nobody reads on (`| head`) it ends, as any tool."""
+    """Runs main as a program. Where nobody reads its output on (`| head`) it ends, as any tool does."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

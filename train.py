@@ -20,8 +20,8 @@ The functions share four things: `settings`, the value of every flag; `data`, th
 val.bin; `machine`, the device, and which of how many processes this is (torchrun starts several, each with a
 part of the batch); `folder`, where the run's records go.
 
-Randomness has an address: weights follow from the seed, a batch from (seed, step), an evaluation window
-from its index. So variants of one seed start from the same matrices and see the same batches, evaluating
+Randomness has an address: initial weights depend on the seed alone, a batch on (seed, step), an evaluation
+window on its index. So variants of one seed start from the same matrices and see the same batches, evaluating
 more often changes nothing, and a run that was cut off goes on as if it had not been.
 """
 
@@ -220,7 +220,7 @@ def validation_batches(data, settings, machine):
 
     The first eval_tokens of val.bin are cut into windows of T, one after the other, and dealt out to the
     processes. Every batch has micro_batch_size rows, so that nothing is compiled again for a smaller one:
-    beyond the last window it is repeated, with targets of -100, which the loss ignores.
+    the last window is repeated to fill it, with targets of -100, which the loss ignores.
     """
     T, rows = settings.seq_len, settings.micro_batch_size
     windows = settings.eval_tokens // T
@@ -246,7 +246,7 @@ def evaluate(forward, data, settings, machine):
 
 @dataclasses.dataclass
 class Record:
-    """What a run has to show so far. With weights and optimisers it is all that a checkpoint holds."""
+    """What a run has to show so far. A checkpoint holds it, the settings, the weights and the optimisers."""
 
     step: int = 0  # steps done
     seconds: float = 0.0  # of training, without evaluations and checkpoints
@@ -472,7 +472,7 @@ def default_compile(s):
 
 
 def default_micro_batch(s):
-    """What fits into the preset's tokens at once, and no more than a process has of the batch."""
+    """As many sequences as fit into the preset's tokens_at_once, at most this process's part of a batch."""
     share = math.ceil(s.batch_size / s.machine.processes)
     return max(1, min(share, s.preset.get("tokens_at_once", 10**9) // s.seq_len))
 
@@ -507,8 +507,8 @@ class Settings:
     warmup_steps: int = setting(number(int, 0), "steps to the peak", lambda s: max(10, s.steps // 20))
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
     eval_every: int = setting(number(int, 1), "steps from one evaluation to the next", preset("eval_every"))
-    eval_tokens: int = setting(number(int, 1, 10**12), "of val.bin, the first", preset("eval_tokens"))
-    dtype: str = setting(["auto", "float32", "bfloat16"], "of products", default_dtype)
+    eval_tokens: int = setting(number(int, 1, 10**12), "the first of val.bin", preset("eval_tokens"))
+    dtype: str = setting(["auto", "float32", "bfloat16"], "of matrix products", default_dtype)
     device: str = setting(["auto", "cpu", "cuda", "mps"], "GPU or not", lambda s: s.machine.best, detail=True)
     compile: str = setting(["auto", "on", "off"], "torch.compile", default_compile, detail=True)
     micro_batch_size: int = setting(number(int, 1), "sequences at once", default_micro_batch, detail=True)
@@ -689,9 +689,9 @@ class Machine:
 class Stop:
     """Ctrl-C or SIGTERM: `signum` is the last one that came, or 0.
 
-    The loop looks between steps, and ends; a second signal ends the program at once. `processes` are the
-    runs of a sweep, to whom every signal is handed on. Whoever starts one holds the lock until it is in
-    there, so that none is missed.
+    The training loop looks at it between steps, and ends; a second signal ends the program at once.
+    `processes` are the runs of a sweep, and every signal is handed on to them. Who starts one holds the lock
+    until it is among them, so that it misses no signal.
     """
 
     signum, lock = 0, threading.RLock()
@@ -777,7 +777,7 @@ def run(plan, data, machine, resume):
 
 
 def report(record, settings):
-    """A line that stays for an evaluation, and one that goes for a step."""
+    """A line that stays per evaluation, and one that the next takes the place of per step."""
     step = f"step {record.step:,}/{settings.steps:,}"
     tokens_left = (settings.steps - record.step) * settings.batch_size * settings.seq_len
     if record.losses:
@@ -937,7 +937,7 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
         for loop, taken in zip(loops, milliseconds):
             for _ in range(steps):
                 started = time.perf_counter()
-                next(loop)  # on a GPU it waits for the loss; what is left to do, the next step waits for
+                next(loop)  # on a GPU this waits for the loss; the next step waits for the rest
                 taken.append(1000 * (time.perf_counter() - started))
     rows = []
     for plan, taken in zip(plans, milliseconds):
