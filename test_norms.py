@@ -1672,7 +1672,7 @@ def test_each_variant_at_one_common_and_at_its_own_best_lr(tmp_path, capsys):
     assert best[1:5] == ["0.004", "2 of 2", "4.0000", "+0.2000 ± -"]  # standard at its best, 0.002
 
 
-def test_a_heading_names_one_learning_rate_only_where_all_have_it(tmp_path, capsys):
+def test_a_heading_names_one_rate_only_where_all_have_it(tmp_path, capsys):
     write_run(tmp_path, "standard")
     assert ["lr 0.004:"] in plotted(capsys, tmp_path)
     write_run(tmp_path, "standard", lr=0.016, optimizer="muon")
