@@ -122,7 +122,10 @@ class Transformer(nn.Module):
 
 
 def rotations(seq_len, head_dim, theta=10_000.0):
-    """cos and sin of RoPE's angles t theta^(-2i/h), as cos, cos and -sin, sin a pair: (2, T, 1, h)."""
+    """The table of RoPE, (2, T, 1, h): position t turns the pair i of channels by the angle t theta^(-2i/h).
+
+    For the two channels of a pair, the first half of the table has (cos, cos), the second (-sin, sin).
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
     cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
@@ -135,8 +138,10 @@ def rotate(x, rotation):
 
     (a, b) -> (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
-    cos, sin = rotation[:, : x.shape[1]].to(x.dtype)
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    T = x.shape[1]
+    cos, sin = rotation[0, :T].to(x.dtype), rotation[1, :T].to(x.dtype)
+    pairs = x.unflatten(-1, (-1, 2))
+    swapped = pairs.flip(-1).flatten(-2)
     return x * cos + swapped * sin
 
 
@@ -147,17 +152,19 @@ class Attention(nn.Module):
         super().__init__()
         d, variant = config.d_model, config.norm_scale
         self.head_dim = d // config.n_head
-        shared, of_heads = shared_vector(d, variant), {"head_dim": self.head_dim}
+        shared = shared_vector(d, variant)
         self.o = nn.Parameter(torch.empty(d, d))
-        self.q = Branch(d, d, variant, shared, **of_heads, qk_norm=config.gemma)
-        self.k = Branch(d, d, variant, shared, **of_heads, qk_norm=config.gemma)
-        self.v = Branch(d, d, variant, shared, **of_heads)
+        self.q = Branch(d, d, variant, shared, self.head_dim, qk_norm=config.gemma)
+        self.k = Branch(d, d, variant, shared, self.head_dim, qk_norm=config.gemma)
+        self.v = Branch(d, d, variant, shared, self.head_dim)
 
     def forward(self, n, rotation):  # n (B, T, d)
-        heads = (-1, self.head_dim)
-        q = rotate(self.q(n).unflatten(-1, heads), rotation).transpose(1, 2)  # (B, H, T, d/H)
-        k = rotate(self.k(n).unflatten(-1, heads), rotation).transpose(1, 2)
-        v = self.v(n).unflatten(-1, heads).transpose(1, 2)
+        def split(y):  # (B, T, d) -> (B, T, H, d/H)
+            return y.unflatten(-1, (-1, self.head_dim))
+
+        q = rotate(split(self.q(n)), rotation).transpose(1, 2)  # (B, H, T, d/H)
+        k = rotate(split(self.k(n)), rotation).transpose(1, 2)
+        v = split(self.v(n)).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.linear(y.transpose(1, 2).flatten(-2), self.o)
 
@@ -208,11 +215,12 @@ class MixtureOfExperts(nn.Module):
         balance_loss = self.n_expert * (load * p.mean(1)).sum(-1).mean()
 
         y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
-        tokens, expert, weight = n.flatten(0, 1), expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)
+        tokens = n.flatten(0, 1)  # (B T, d)
+        chosen, p_chosen = expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)  # (B T, k)
         for i, ffn in enumerate(self.experts):
-            row, choice = (expert == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of k
+            row, choice = (chosen == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of k
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
-            p_i = weight[row, choice, None]
+            p_i = p_chosen[row, choice, None]
             y = y.index_add(0, row, p_i * ffn(tokens[row]))
         return y.view_as(n), balance_loss
 
@@ -327,9 +335,16 @@ def llama_state_dict(model):
     state["model.norm.weight"] = ones
     for i, block in enumerate(model.blocks):
         attention, ffn = block.attention, block.ffn
-        layer = {"self_attn.q_proj": halves(attention.q.W), "self_attn.k_proj": halves(attention.k.W)}
-        layer |= {"self_attn.v_proj": attention.v.W, "self_attn.o_proj": attention.o}
-        layer |= {"mlp.gate_proj": ffn.gate.W, "mlp.up_proj": ffn.up.W, "mlp.down_proj": ffn.down}
-        layer |= {"input_layernorm": ones, "post_attention_layernorm": ones}
+        layer = {
+            "self_attn.q_proj": halves(attention.q.W),
+            "self_attn.k_proj": halves(attention.k.W),
+            "self_attn.v_proj": attention.v.W,
+            "self_attn.o_proj": attention.o,
+            "mlp.gate_proj": ffn.gate.W,
+            "mlp.up_proj": ffn.up.W,
+            "mlp.down_proj": ffn.down,
+            "input_layernorm": ones,
+            "post_attention_layernorm": ones,
+        }
         state |= {f"model.layers.{i}.{name}.weight": weight for name, weight in layer.items()}
     return {name: weight.detach().clone() for name, weight in state.items()}

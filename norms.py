@@ -32,7 +32,6 @@ Read first `norm_formula`, `NormScale`, `ScaleVector` and `Branch` here, then `B
 
 import copy
 import difflib
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +47,7 @@ EPS = 1e-6  # added to the mean square of activations; the paper names none
 def norm_formula(x, u=None):
     """y = u * n with n = r x and r = 1 / rms(x), along the last axis: (y in the dtype of x, n, r).
 
-    The class `Norm` below has its derivative in closed form: change both together.
+    The class Norm below has its derivative: change both together.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 rounds by up to 0.4 %
     r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -60,7 +59,7 @@ def norm_formula(x, u=None):
 def normalize(x, u=None):
     """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2).
 
-    It is norm_formula; the class Norm below has its derivative in closed form, for speed alone.
+    It is norm_formula, whose derivative the class Norm below has in closed form, for speed alone.
     """
     # A compiler derives and fuses the formula by itself; torch 2.11 compiles our derivative wrongly.
     if torch.compiler.is_compiling():
@@ -77,11 +76,11 @@ class NormScale:
     """One point of the design space. The defaults are `standard`: one v for all branches of a Norm."""
 
     parts: tuple = ("standard",)  # its names in the grammar
-    has_vectors: bool = True  # False: none anywhere, not even after Gemma's Norms
-    has_v: bool = True  # gamma_b, on the input side of every branch
-    v_per_branch: bool = False  # one gamma_b a branch, rather than one a Norm
-    has_u: bool = False  # gamma_a, on the output side, always one a branch
-    norm_behind: bool = False  # a Norm between W and gamma_a
+    has_vectors: bool = True  # False for `none` alone: then not even Gemma's Norms have a u
+    has_v: bool = True  # gamma_b, between the Norm and W
+    v_per_branch: bool = False  # hg: one gamma_b a branch, rather than one a Norm
+    has_u: bool = False  # gamma_a, behind W, always one a branch
+    norm_behind: bool = False  # dnp: a Norm between W and gamma_a
     form: str = "direct"  # a key of FORMS
     decayed: tuple = ("Input-Norm", "Output-Norm")  # roles whose vectors decay
 
@@ -161,11 +160,11 @@ class Branch(nn.Module):
         self.v = self.u = self.norm = None
         if variant.has_v:  # standard, hg, dp, dnp
             self.v = shared or ScaleVector(d_in, "Input-Norm", variant.form)
-        if output and variant.has_u and not variant.norm_behind:  # ap, dp
-            self.u = ScaleVector(d_out, "Input-Norm", variant.form)
-        if output and variant.norm_behind:  # dnp
+        if output and variant.norm_behind:  # dnp: its u is in the OutputNorm
             self.norm = OutputNorm(d_out, variant, head_dim)
-        elif qk_norm:
+        elif output and variant.has_u:  # ap, dp
+            self.u = ScaleVector(d_out, "Input-Norm", variant.form)
+        if qk_norm and self.norm is None:  # Gemma
             self.norm = OutputNorm(head_dim, variant)
 
     def effective_weight(self):
@@ -204,9 +203,9 @@ class OutputNorm(nn.Module):
 
     def forward(self, y):
         heads = y.unflatten(-1, (-1, self.width))  # (..., heads, width)
-        u = None
-        if self.u is not None:
-            u = self.u().unflatten(0, (-1, self.width))  # (heads, width), or (1, width) for all heads
+        if self.u is None:
+            return normalize(heads).flatten(-2)
+        u = self.u().unflatten(0, (-1, self.width))  # (heads, width), or (1, width): one for all heads
         return normalize(heads, u).flatten(-2)
 
 
@@ -230,13 +229,18 @@ def decay_groups(model, variant, weight_decay):
     Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Decay acts on
     the raw parameters: under OR that of beta pulls gamma to 0, under ER that of both pulls it to 1.
     """
-    role_of = {p: m.role for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
+    role_of = {}
+    for module in model.modules():
+        if isinstance(module, ScaleVector):
+            role_of |= dict.fromkeys(module.parameters(), module.role)
     groups = []
-    for role in ("matrices", "Input-Norm", "Output-Norm"):
-        params = [p for p in model.parameters() if role_of.get(p, "matrices") == role]
-        decays = role == "matrices" or role in variant.decayed
+    for name, role, decays in [
+        ("matrices", None, True),
+        ("Input-Norm scale vectors", "Input-Norm", "Input-Norm" in variant.decayed),
+        ("Output-Norm scale vectors", "Output-Norm", "Output-Norm" in variant.decayed),
+    ]:
+        params = [p for p in model.parameters() if role_of.get(p) == role]
         if params:
-            name = role if role == "matrices" else f"{role} scale vectors"
             groups.append({"name": name, "params": params, "weight_decay": weight_decay if decays else 0.0})
     return groups
 
@@ -266,12 +270,13 @@ class Norm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         n, r, u = ctx.saved_tensors
-        gn, du = g * n, None
-        if u is not None:
-            du = gn.to(u.dtype).sum_to_size(u.shape)
-            g, gn = u * g, u * gn  # from here on dL/dn in place of dL/dy
-        along = gn.mean(-1, keepdim=True, dtype=r.dtype)
-        dx = torch.addcmul(g, n, along, value=-1).mul_(r)  # r (g - n * along)
+        gn = g * n
+        if u is None:
+            dn, dn_n, du = g, gn, None
+        else:
+            dn, dn_n, du = u * g, u * gn, gn.to(u.dtype).sum_to_size(u.shape)
+        along = dn_n.mean(-1, keepdim=True, dtype=r.dtype)  # n^T dn / d
+        dx = torch.addcmul(dn, n, along, value=-1).mul_(r)  # r (dn - n * along)
         return dx.to(n.dtype), du
 
 
@@ -307,28 +312,26 @@ GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
 
 def parse_parts(text):
     """The fields of the NormScale that a string names: see NormScale.parse."""
-
-    def mistake(what):
-        return ValueError(f"{what} {GRAMMAR_IN_WORDS}")
-
     words = text.strip().lower().split("+")
     if words == ["none"]:
         return {"parts": ("none",), "has_vectors": False, "has_v": False}
     chosen = {}  # row of the grammar -> part
     fields = {}
-    for part in itertools.chain(*(SHORT.get(word, [word]) for word in words)):
+    for part in [part for word in words for part in SHORT.get(word, [word])]:
         row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
         if part == "none":
-            raise mistake(f"'none' stands alone, not as a part of {text!r};")
+            raise ValueError(f"'none' stands alone, not as a part of {text!r}; {GRAMMAR_IN_WORDS}")
         if row is None:
             meant = difflib.get_close_matches(part, [*WORDS, *SHORT], n=1, cutoff=0)[0]
-            raise mistake(f"unknown part {part!r} in {text!r}, did you mean {meant!r}?")
+            unknown = f"unknown part {part!r} in {text!r}, did you mean {meant!r}?"
+            raise ValueError(f"{unknown} {GRAMMAR_IN_WORDS}")
         if row in chosen:
-            raise mistake(f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};")
+            meets = f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};"
+            raise ValueError(f"{meets} {GRAMMAR_IN_WORDS}")
         chosen[row] = part
         fields |= GRAMMAR[row][part][0]
     parts = tuple(chosen[row] for row in GRAMMAR if row in chosen)
-    if set(chosen) <= {"weight decay"}:
+    if set(chosen) <= {"weight decay"}:  # or nothing at all
         parts = ("standard", *parts)
     return {"parts": parts, **fields}
 

@@ -225,12 +225,12 @@ def validation_batches(data, settings, machine):
     T, rows = settings.seq_len, settings.micro_batch_size
     windows = settings.eval_tokens // T
     for first in range(machine.rank * rows, windows, machine.processes * rows):
-        index = np.arange(first, first + rows)
-        exists = index < windows
-        starts = T * np.minimum(index, windows - 1)
-        tokens = np.stack([data.val[start : start + T + 1] for start in starts]).astype(np.int64)
-        inputs, targets = tokens[:, :-1], np.where(exists[:, None], tokens[:, 1:], -100)
-        yield machine.tensor(inputs), machine.tensor(targets), int(exists.sum())
+        index = [min(i, windows - 1) for i in range(first, first + rows)]
+        tokens = np.stack([data.val[T * i : T * i + T + 1] for i in index]).astype(np.int64)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
+        filled = min(rows, windows - first)
+        targets[filled:] = -100
+        yield machine.tensor(inputs), machine.tensor(targets), filled
 
 
 @torch.no_grad()
@@ -525,14 +525,14 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
         preset=PRESETS[given.get("model") or "tiny"], machine=machine, data_vocab_size=data_vocab_size
     )
     non_default = {}
-    for name, field in FIELDS.items():
+    for name, field in FIELDS.items():  # in their order: a default may read what stands before it
         default = field["default"](s) if callable(field["default"]) else field["default"]
         value = given.get(name)
         if name == "steps" and given.get("tokens"):
             value = math.ceil(given["tokens"] / (s.batch_size * s.seq_len))
-        if name == "d_ff" and isinstance(value, str):  # +n
+        elif name == "d_ff" and isinstance(value, str):  # +n: n more than the preset's
             value = default + int(value)
-        if value is None or value == "auto":
+        elif value is None or value == "auto":
             value = default
         if value != default:
             non_default[name] = value
@@ -554,10 +554,11 @@ def folder_name(settings, non_default, data_sha256):
     parts = [settings.model, settings.norm_scale, settings.optimizer, settings.schedule]
     parts += [f"lr{settings.lr:g}", f"seed{settings.seed}"]
     for name, value in non_default.items():
+        if name in IN_EVERY_NAME or FIELDS[name]["detail"]:
+            continue
         if name == "data":  # two texts can have folders of one name
             value = re.sub(r"[^\w.+]+", "_", Path(value).name) + "_" + data_sha256["train.bin"][:6]
-        if not FIELDS[name]["detail"] and name not in IN_EVERY_NAME:
-            parts.append(f"{name}{value}")
+        parts.append(f"{name}{value}")
     return "-".join(parts)
 
 
@@ -690,8 +691,8 @@ class Stop:
     """Ctrl-C or SIGTERM: `signum` is the last one that came, or 0.
 
     The training loop looks at it between steps, and ends; a second signal ends the program at once.
-    `processes` are the runs of a sweep, and every signal is handed on to them. Who starts one holds the lock
-    until it is among them, so that it misses no signal.
+    `processes` are the runs of a sweep, and every signal is handed on to them. A sweep holds the lock while
+    it starts one and adds it, so that no signal falls between.
     """
 
     signum, lock = 0, threading.RLock()
@@ -708,7 +709,8 @@ class Stop:
 
     def note(self, signum, _frame):
         with self.lock:
-            second, self.signum = self.signum, signum
+            second = self.signum != 0
+            self.signum = signum
             if os.name == "posix":  # on Windows Ctrl-C reaches every process by itself
                 for process in self.processes:
                     process.terminate()
@@ -780,7 +782,7 @@ def report(record, settings):
     """A line that stays per evaluation, and one that the next takes the place of per step."""
     step = f"step {record.step:,}/{settings.steps:,}"
     tokens_left = (settings.steps - record.step) * settings.batch_size * settings.seq_len
-    if record.losses:
+    if record.losses:  # an evaluation empties them
         rate = record.tokens_per_second(settings)
         loss = f"loss {record.losses[-1]:.3f}"
         show(f"{step}  {loss}  {rate:,.0f} tokens/s  {tokens_left / rate:,.0f} s left")
@@ -905,17 +907,17 @@ def sweep(plans, jobs, resume):
         show(f"{len(finished)} of {len(plans)} done, {left} s left: {under_way}")
 
     with STOP, ThreadPoolExecutor(jobs) as pool:
-        codes = [pool.submit(run_one, plan) for plan in plans]
-        while wait(codes, timeout=0.2).not_done:  # on Windows no signal interrupts a wait without an end
+        futures = [pool.submit(run_one, plan) for plan in plans]
+        while wait(futures, timeout=0.2).not_done:  # on Windows no signal interrupts a wait without an end
             pass
-    failed = any([code.result() for code in codes])  # raises what kept a process from starting
+    exit_codes = [future.result() for future in futures]  # raises what kept a process from starting
     if STOP.signum:
         say("stopped; what was under way is saved, and the same command with --resume goes on")
         return 128 + STOP.signum
     say("")
     for plan in plans:
         say(f"{plan.name}: {last_words[plan.name]}")
-    return int(failed)
+    return int(any(exit_codes))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -944,10 +946,16 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
         ms, ratio = median(taken), median(taken) / median(milliseconds[0])
         rate = 1000 * plan.settings.batch_size * plan.settings.seq_len / ms
         tflops = rate * count(make_config(plan.settings)).flops_per_token / 1e12
-        row = {"norm_scale": plan.settings.norm_scale, "ms_per_step": f"{ms:.3f}"}
-        row |= {"tokens_per_second": f"{rate:.0f}", "tflops": f"{tflops:.4f}"}
-        rows.append(row | {"peak_memory_mb": memory, "ratio": f"{ratio:.4f}"})
-        say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
+        row = {
+            "norm_scale": plan.settings.norm_scale,
+            "ms_per_step": f"{ms:.3f}",
+            "tokens_per_second": f"{rate:.0f}",
+            "tflops": f"{tflops:.4f}",
+            "peak_memory_mb": memory,
+            "ratio": f"{ratio:.4f}",
+        }
+        rows.append(row)
+        say("  ".join(f"{name} {value}" for name, value in row.items()))
         for card, most in PEAK_TFLOPS.items():
             if card in machine.name:
                 say(f"  {tflops / most / machine.processes:.0%} of the peak of {card}")
@@ -994,7 +1002,8 @@ def finished_status(plan, data, args):
         raise UserError(f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
     for name, field in FIELDS.items():
         here = getattr(plan.settings, name)
-        there = config.get(name, here)  # a setting that is younger than that run had its default
+        # A setting younger than that run had its default there, and has it here too: the names are equal.
+        there = config.get(name, here)
         if here != there and name != "data" and not field["detail"]:
             other = f"{path} is of another run: {name} is {there} there and {here} here"
             raise UserError(f"{other}; --overwrite starts anew")
@@ -1071,14 +1080,14 @@ def execute(args):
                 locks.enter_context(folder.lock())
             for folder in old:
                 folder.clear()
-    code = int("diverged" in endings)
-    if len(plans) == 1 and remaining:
+    earlier = int("diverged" in endings)
+    if not remaining:
+        return earlier
+    if len(plans) == 1:
         return run(plans[0], data, machine, args.resume)
-    if remaining:
-        # Of all runs, not of those that remain: so a resumed one has as many threads as before.
-        jobs = min(len(plans), args.jobs or (1 if machine.is_gpu else available_cores()))
-        code = sweep(remaining, jobs, args.resume) or code
-    return code
+    # Of all runs, not of those that remain: so a resumed one has as many threads as before.
+    jobs = min(len(plans), args.jobs or (1 if machine.is_gpu else available_cores()))
+    return sweep(remaining, jobs, args.resume) or earlier
 
 
 def available_cores():
