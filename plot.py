@@ -172,12 +172,13 @@ def name_curves(curves):
 
 
 def find_bases(curves, baseline):
-    """base: the baseline that differs in norm_scale alone, else the only one of the same model and course. A
-    baseline with which no variant can be paired, as a control with a wider d_ff, is compared with another."""
+    """base: the baseline that differs in norm_scale alone, else the only one of the same course and sizes but
+    d_ff. A baseline with which no variant can be paired, as a control with a wider d_ff, is compared with
+    another."""
     bases = [curve for curve in curves if curve.config["norm_scale"] == baseline]
     variants = [curve for curve in curves if curve not in bases]
     for curve in curves:
-        near = curve.alike(bases, ("model", *COURSE))
+        near = curve.alike(bases, (*SIZES[:-1], *COURSE))
         near = [base for base in near if base.alike(variants, SETTINGS[1:])] or near
         found = curve.alike(near, SETTINGS[1:]) or near
         curve.base = found[0] if len(found) == 1 else curve if curve in bases else None
@@ -264,7 +265,8 @@ def seed_lines(row, relative):
     others = row.base_runs if relative else row.runs
     seeds = finals(row.runs).keys() & finals(others).keys() or row.runs.keys() & others.keys()
     pairs = [(row.runs[seed].loss, others[seed].loss) for seed in seeds]
-    return [{t: loss[t] - (base[t] if relative else 0) for t in loss if t in base} for loss, base in pairs]
+    lines = [{t: loss[t] - (base[t] if relative else 0) for t in loss if t in base} for loss, base in pairs]
+    return [line for line in lines if line]  # a run that has just begun has none
 
 
 def draw_losses(axis, rows, styles, relative):
@@ -406,8 +408,9 @@ def scaling_points(curves, norm_scale):
 
 def scaling_picture(curves, baseline, variant):
     """The two laws, and the compute saved at equal loss; and the lines for the terminal."""
-    # Not seq_len: the paper's own sizes have two.
-    for name in ("data", "vocab_size", "eval_tokens", "gemma", "n_expert"):
+    # Not seq_len, nor steps: they grow with the paper's sizes.
+    same = ("data", "vocab_size", "eval_tokens", "gemma", "n_expert", "optimizer", "schedule", "weight_decay")
+    for name in same:
         if len({curve.config.get(name) for curve in curves}) > 1:
             raise ValueError(f"the runs are not of the same {name}: give the folders of one")
     figure, fits, lines = Figure(figsize=(8, 5)), [], []

@@ -324,9 +324,12 @@ class TokenFolder:
         """The text of tokens. Ids without text are passed over, parts of letters become U+FFFD."""
         return b"".join(self._vocabulary[i] for i in ids if 0 <= i < self.vocab_size).decode(errors="replace")
 
-    def encoding(self):
-        """The tiktoken.Encoding that makes these tokens of text; it has no special tokens."""
+    def encoding(self, vocab_size):
+        """The tiktoken.Encoding that makes these tokens of text; it has no special tokens. An id below
+        vocab_size that stands for no text, but which a model can give, is decoded to U+FFFD and its number."""
         ranks = {token: rank for rank, token in enumerate(self._vocabulary) if token}
+        # No text has the byte FF, so none is encoded to these.
+        ranks |= {b"\xff%d" % rank: rank for rank in {*range(vocab_size)} - {*ranks.values()}}
         name = self.meta["tokenizer"]
         return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens={})
 

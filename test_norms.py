@@ -1205,6 +1205,19 @@ def test_val_loss_is_the_language_loss_of_the_first_windows_and_bits_are_of_the_
     assert f"{96 * losses / math.log(2) / size:.3f} bits a byte" in out
 
 
+def test_load_decodes_whatever_the_model_can_give_and_refuses_other_data(small):
+    small()
+    folder = only_run()
+    with_json("config.json", data_sha256={})(folder)
+    with pytest.raises(train.UserError, match="is of other data"):
+        train.load(folder)
+    data = TokenFolder(config_of(folder)["data"])
+    beyond = data.vocab_size + 5  # as of a preset of 50,304 on this text
+    tokenizer = data.encoding(data.vocab_size + 9)
+    ids = tokenizer.encode("Fellow citizens")
+    assert tokenizer.decode([beyond, *ids]) == f"\ufffd{beyond}Fellow citizens"
+
+
 def test_every_window_can_be_drawn_and_what_is_evaluated_is_recorded():
     data, machine = SimpleNamespace(train=np.arange(10, dtype="<u2")), train.Machine("cpu")
     s, other = (settings("--seq-len=8", "--batch-size=64", f"--seed={seed}") for seed in (0, 1))
@@ -1687,6 +1700,7 @@ def test_labels_name_what_differs_and_bases_follow(tmp_path, capsys):
         ("standard, d_ff 178", "standard", {"d_ff": 178}),  # the width control is itself compared
         ("none, d_ff 171", "standard", {"d_ff": 171}),  # the only standard that others are paired with
         ("none, big", None, {"model": "big", "d_model": 128, "n_head": 8}),
+        ("none, n_layer 8", None, {"n_layer": 8}),  # other first weights than any standard's
         ("none, steps 60", None, {"steps": 60, "warmup_steps": 30}),
         ("none, eval_every 50", "standard", {"eval_every": 50}),
         ("none, eval_tokens 2000", None, {"eval_tokens": 2000}),  # other losses are never compared
@@ -1714,6 +1728,13 @@ def test_relative_lines_are_minus_the_baseline_of_the_same_seed(tmp_path):
         write_run(tmp_path, "none", seed, losses=(7.6, 5.0, base + 0.5 + seed))
     lines = plot.seed_lines(plot.make_rows(curves_of(tmp_path), best=False)[0], relative=True)
     assert sorted(list(line.values()) for line in lines) == [[0, 0, 0.5], [0, 0, 1.5]]
+
+
+def test_a_run_that_has_just_begun_hides_no_mean(tmp_path):
+    write_run(tmp_path, seed=0, losses=(7.6, 4.0), steps=20, status="running")
+    write_run(tmp_path, seed=1, losses=(), steps=20, status="running")
+    row = plot.make_rows(curves_of(tmp_path), best=False)[0]
+    assert len(row.runs) == 2 and plot.seed_lines(row, relative=False) == [{0: 7.6, 10_000: 4.0}]
 
 
 def test_limits_hold_the_ends_but_no_spike_and_bars_stand_apart(tmp_path):
@@ -1799,6 +1820,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
         (lambda folder: write_run(folder.parent, eval_tokens=9), "--kind=scaling", "the same eval_tokens"),
         (lambda folder: write_run(folder.parent, d_ff=9, gemma=True), "--kind=scaling", "the same gemma"),
+        (lambda folder: write_run(folder.parent, optimizer="muon"), "--kind=scaling", "the same optimizer"),
     ],
 )
 def test_mistakes_in_records(spoil, flags, words, tmp_path, told_in_one_line):

@@ -377,7 +377,7 @@ class RunFolder:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             return Record(**saved["record"])
-        except (MemoryError, torch.OutOfMemoryError):
+        except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever torch makes of bytes that it did not write
             raise UserError(
@@ -398,12 +398,18 @@ def first_line(error):
 
 
 def load(folder):
-    """(model, tokenizer) of a run folder, on the CPU: a Transformer in float32, and a tiktoken.Encoding."""
+    """(model, tokenizer) of a run folder, on the CPU: a Transformer in float32, and a tiktoken.Encoding.
+
+    Raises UserError where its data is no longer there, or is other data now.
+    """
     saved = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
     settings = SimpleNamespace(**saved["settings"])
     model = Transformer(make_config(settings))
     model.load_state_dict(saved["model"])
-    return model, TokenFolder(settings.data).encoding()
+    data = TokenFolder(settings.data)
+    if data.sha256 != json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["data_sha256"]:
+        raise UserError(f"{folder} is of other data than {settings.data} holds now")
+    return model, data.encoding(settings.vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------------
