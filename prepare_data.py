@@ -326,7 +326,7 @@ class TokenFolder:
 
     def encoding(self, vocab_size):
         """The tiktoken.Encoding that makes these tokens of text; it has no special tokens. An id below
-        vocab_size that stands for no text, but which a model can give, is decoded to U+FFFD and its number."""
+        vocab_size that stands for no text, which a model can still give, becomes U+FFFD and its number."""
         ranks = {token: rank for rank, token in enumerate(self._vocabulary) if token}
         # No text has the byte FF, so none is encoded to these.
         ranks |= {b"\xff%d" % rank: rank for rank in {*range(vocab_size)} - {*ranks.values()}}

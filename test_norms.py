@@ -1274,6 +1274,8 @@ def test_a_diverging_run_is_recorded_and_passed_over(small, monkeypatch, capsys)
     assert small("--resume") == 1 and "diverged already" in capsys.readouterr().out
     monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
     assert small("--overwrite") == 1 and statuses() == {"standard": "diverged"}
+    monkeypatch.setattr(train, "sweep", lambda *_: 0)  # the rest of a sweep goes well
+    assert small("--resume", "--norm-scale", "standard", "none") == 1
 
 
 def test_a_run_ends_with_an_evaluation_and_nothing_of_an_overwritten_one_comes_back(small, monkeypatch):
@@ -1436,6 +1438,14 @@ def test_the_first_command_prepares_the_built_in_text(tmp_path, monkeypatch):
     assert train.main([*SMALL, "--steps=1"]) == 0 and statuses() == {"standard": "done"}
     assert TokenFolder("data/sotu").vocab_size == 2048
 
+    def second_of_two(name, out_dir):
+        shutil.copytree(tmp_path / "data", out_dir)
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(prepare_data, "prepare", second_of_two)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert train.main([*SMALL, "--steps=1"]) == 0 and statuses() == {"standard": "done"}
+
 
 def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkeypatch, told_in_one_line):
     small()
@@ -1528,6 +1538,7 @@ def test_two_processes_give_the_losses_of_one(small, command):
         ("train.py", "--lr=nan", "--lr: 'nan' is not a number"),
         ("train.py", "--lr 0.004 0.0040000001", "share a folder"),
         ("train.py", "--norm-scale none hg+hgg", "'hgg' in 'hg+hgg', did you mean 'hg'? the grammar: none"),
+        ("train.py", "--norm-scale=hg+none", "'none' stands alone, not as a part of 'hg+none'; the grammar"),
         ("train.py", "--norm-scale=ap+unified", "'dnp' in 'ap+unified' meets 'ap': at most one part"),
         ("train.py", "--dtype=bfloat16 --device=cpu", "bfloat16 needs a GPU"),
         ("train.py", "--n-head=3", "3 heads of an even width do not make 16"),

@@ -1061,7 +1061,11 @@ def execute(args):
         return 0
     if not prepared and path == Path(built_in) and machine.rank == 0:
         say(f"preparing the built-in text in {path}")
-        prepare_data.prepare("sotu", out_dir=path.parent)
+        try:
+            prepare_data.prepare("sotu", out_dir=path.parent)
+        except OSError:
+            if not (path / "meta.json").exists():  # of two first commands at once, the other was faster
+                raise
     machine.wait_for_all()  # until it is there
     data = TokenFolder(path)
     plans = plans_of(args, data, machine)
