@@ -218,10 +218,10 @@ class MixtureOfExperts(nn.Module):
         tokens = n.flatten(0, 1)  # (B T, d)
         chosen, p_chosen = expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)  # (B T, k)
         for i, ffn in enumerate(self.experts):
-            row, choice = (chosen == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of k
+            row, rank = (chosen == i).nonzero(as_tuple=True)  # chosen[row[j], rank[j]] is i
             # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
-            p_i = p_chosen[row, choice, None]
-            y = y.index_add(0, row, p_i * ffn(tokens[row]))
+            p_i = p_chosen[row, rank, None]
+            y = y.index_add(0, row, p_i * ffn(tokens[row]))  # y[row[j]] += p_i[j] FFN_i(tokens[row[j]])
         return y.view_as(n), balance_loss
 
 

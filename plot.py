@@ -428,8 +428,10 @@ def scaling_picture(curves, baseline, variant):
         axis.plot(C_line, E + a * C_line**-b, color=colour, ls=dash, label=f"{name}: {law}")
         axis.plot(C, L, color=colour, ls="", marker=marker, markersize=7)
     (E0, a0, b0), (E, a, b) = fits
-    equal = E0 + a0 * C[-1] ** -b0  # the baseline's loss with the compute of the largest size
-    gain = f"{C[-1] / (a / (equal - E)) ** (1 / b):.2f}" if equal > E else "no"
+    largest = C[-1]  # the compute of the variant's largest size
+    equal = E0 + a0 * largest**-b0  # the baseline's loss with it
+    needed = (a / (equal - E)) ** (1 / b) if equal > E else math.nan  # the variant's for that loss
+    gain = f"{largest / needed:.2f}" if equal > E else "no"
     lines.append(f"{variant} against {baseline}: {gain}x compute at equal loss ({equal:.4f})")
     axis.set(xscale="log", xlabel="compute C in FLOPs: 6 x activated parameters x tokens")
     axis.set_ylabel("validation loss, nats a token")

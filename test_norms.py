@@ -1538,6 +1538,7 @@ def test_two_processes_give_the_losses_of_one(small, command):
         ("train.py", "--lr=nan", "--lr: 'nan' is not a number"),
         ("train.py", "--lr 0.004 0.0040000001", "share a folder"),
         ("train.py", "--norm-scale none hg+hgg", "'hgg' in 'hg+hgg', did you mean 'hg'? the grammar: none"),
+        ("train.py", "--norm-scale=xyz", "unknown part 'xyz' in 'xyz', did you mean"),
         ("train.py", "--norm-scale=hg+none", "'none' stands alone, not as a part of 'hg+none'; the grammar"),
         ("train.py", "--norm-scale=ap+unified", "'dnp' in 'ap+unified' meets 'ap': at most one part"),
         ("train.py", "--dtype=bfloat16 --device=cpu", "bfloat16 needs a GPU"),

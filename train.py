@@ -888,6 +888,7 @@ def sweep(plans, jobs, resume):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
+                errors="replace",
                 env=environment,
                 start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on
             )
@@ -963,7 +964,7 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
         rows.append(row)
         say("  ".join(f"{name} {value}" for name, value in row.items()))
         for card, most in PEAK_TFLOPS.items():
-            if card in machine.name:
+            if card in machine.name and plan.settings.dtype == "bfloat16":
                 say(f"  {tflops / most / machine.processes:.0%} of the peak of {card}")
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write("benchmark.csv", as_csv(rows))
