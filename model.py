@@ -139,7 +139,7 @@ def rotate(x, rotation):
     (a, b) -> (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
     T = x.shape[1]
-    cos, sin = rotation[0, :T].to(x.dtype), rotation[1, :T].to(x.dtype)
+    cos, sin = rotation[0, :T].to(x.dtype), rotation[1, :T].to(x.dtype)  # (T, 1, h) each
     pairs = x.unflatten(-1, (-1, 2))
     swapped = pairs.flip(-1).flatten(-2)
     return x * cos + swapped * sin

@@ -234,12 +234,10 @@ def decay_groups(model, variant, weight_decay):
         if isinstance(module, ScaleVector):
             role_of |= dict.fromkeys(module.parameters(), module.role)
     groups = []
-    for name, role, decays in [
-        ("matrices", None, True),
-        ("Input-Norm scale vectors", "Input-Norm", "Input-Norm" in variant.decayed),
-        ("Output-Norm scale vectors", "Output-Norm", "Output-Norm" in variant.decayed),
-    ]:
+    for role in (None, "Input-Norm", "Output-Norm"):  # None: in no scale vector
         params = [p for p in model.parameters() if role_of.get(p) == role]
+        name = f"{role} scale vectors" if role else "matrices"
+        decays = role is None or role in variant.decayed
         if params:
             groups.append({"name": name, "params": params, "weight_decay": weight_decay if decays else 0.0})
     return groups
@@ -271,9 +269,8 @@ class Norm(torch.autograd.Function):
     def backward(ctx, g):
         n, r, u = ctx.saved_tensors
         gn = g * n
-        if u is None:
-            dn, dn_n, du = g, gn, None
-        else:
+        dn, dn_n, du = g, gn, None  # dL/dn; its product with n; dL/du
+        if u is not None:
             dn, dn_n, du = u * g, u * gn, gn.to(u.dtype).sum_to_size(u.shape)
         along = dn_n.mean(-1, keepdim=True, dtype=r.dtype)  # n^T dn / d
         dx = torch.addcmul(dn, n, along, value=-1).mul_(r)  # r (dn - n * along)
@@ -312,6 +309,10 @@ GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
 
 def parse_parts(text):
     """The fields of the NormScale that a string names: see NormScale.parse."""
+
+    def mistake(what):
+        return ValueError(f"{what} {GRAMMAR_IN_WORDS}")
+
     words = text.strip().lower().split("+")
     if words == ["none"]:
         return {"parts": ("none",), "has_vectors": False, "has_v": False}
@@ -320,14 +321,12 @@ def parse_parts(text):
     for part in [part for word in words for part in SHORT.get(word, [word])]:
         row = next((row for row, parts in GRAMMAR.items() if part in parts), None)
         if part == "none":
-            raise ValueError(f"'none' stands alone, not as a part of {text!r}; {GRAMMAR_IN_WORDS}")
+            raise mistake(f"'none' stands alone, not as a part of {text!r};")
         if row is None:
             meant = difflib.get_close_matches(part, [*WORDS, *SHORT], n=1, cutoff=0)[0]
-            unknown = f"unknown part {part!r} in {text!r}, did you mean {meant!r}?"
-            raise ValueError(f"{unknown} {GRAMMAR_IN_WORDS}")
+            raise mistake(f"unknown part {part!r} in {text!r}, did you mean {meant!r}?")
         if row in chosen:
-            meets = f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};"
-            raise ValueError(f"{meets} {GRAMMAR_IN_WORDS}")
+            raise mistake(f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};")
         chosen[row] = part
         fields |= GRAMMAR[row][part][0]
     parts = tuple(chosen[row] for row in GRAMMAR if row in chosen)

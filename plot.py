@@ -178,7 +178,7 @@ def find_bases(curves, baseline):
     bases = [curve for curve in curves if curve.config["norm_scale"] == baseline]
     variants = [curve for curve in curves if curve not in bases]
     for curve in curves:
-        near = curve.alike(bases, (*SIZES[:-1], *COURSE))
+        near = curve.alike(bases, (*(name for name in SIZES if name != "d_ff"), *COURSE))
         near = [base for base in near if base.alike(variants, SETTINGS[1:])] or near
         found = curve.alike(near, SETTINGS[1:]) or near
         curve.base = found[0] if len(found) == 1 else curve if curve in bases else None
@@ -408,7 +408,7 @@ def scaling_points(curves, norm_scale):
 
 def scaling_picture(curves, baseline, variant):
     """The two laws, and the compute saved at equal loss; and the lines for the terminal."""
-    # Not seq_len, nor steps: they grow with the paper's sizes.
+    # Not steps, batch_size, seq_len: they grow with the paper's sizes.
     same = ("data", "vocab_size", "eval_tokens", "gemma", "n_expert", "optimizer", "schedule", "weight_decay")
     for name in same:
         if len({curve.config.get(name) for curve in curves}) > 1:
@@ -430,8 +430,10 @@ def scaling_picture(curves, baseline, variant):
     (E0, a0, b0), (E, a, b) = fits
     largest = C[-1]  # the compute of the variant's largest size
     equal = E0 + a0 * largest**-b0  # the baseline's loss with it
-    needed = (a / (equal - E)) ** (1 / b) if equal > E else math.nan  # the variant's for that loss
-    gain = f"{largest / needed:.2f}" if equal > E else "no"
+    gain = "no"
+    if equal > E:
+        needed = (a / (equal - E)) ** (1 / b)  # the variant's compute for that loss
+        gain = f"{largest / needed:.2f}"
     lines.append(f"{variant} against {baseline}: {gain}x compute at equal loss ({equal:.4f})")
     axis.set(xscale="log", xlabel="compute C in FLOPs: 6 x activated parameters x tokens")
     axis.set_ylabel("validation loss, nats a token")

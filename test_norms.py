@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1211,6 +1213,10 @@ def test_load_decodes_whatever_the_model_can_give_and_refuses_other_data(small):
     with_json("config.json", data_sha256={})(folder)
     with pytest.raises(train.UserError, match="is of other data"):
         train.load(folder)
+    torch.save(Payload(), folder / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        train.load(folder)
+    assert not Path("executed").exists()
     data = TokenFolder(config_of(folder)["data"])
     beyond = data.vocab_size + 5  # as of a preset of 50,304 on this text
     tokenizer = data.encoding(data.vocab_size + 9)
@@ -1231,12 +1237,14 @@ def test_every_window_can_be_drawn_and_what_is_evaluated_is_recorded():
 
 
 def test_every_window_is_dealt_out_once(data_folder):
-    data = TokenFolder(data_folder)
+    data = SimpleNamespace(val=TokenFolder(data_folder).val[:113])  # nothing beyond the last target
     s = settings("--seq-len=16", "--eval-tokens=112", "--micro-batch-size=2")
     ranks = [SimpleNamespace(rank=rank, processes=2, tensor=torch.from_numpy) for rank in (0, 1)]
     batches = [batch for rank in ranks for batch in train.validation_batches(data, s, rank)]
     seen = torch.cat([inputs[:windows] for inputs, _, windows in batches]).flatten().tolist()
     assert sorted(seen) == sorted(data.val[:112].tolist())
+    for _, targets, windows in batches:
+        assert (targets[:windows] >= 0).all() and (targets[windows:] == -100).all()
 
 
 @pytest.mark.parametrize("clip", [0, 0.1])
@@ -1296,7 +1304,8 @@ def test_a_sweep_is_a_process_a_run(small, capfd, monkeypatch):
     popen = subprocess.Popen
 
     def killing(words, **how):
-        process = popen(words, **how)
+        stray_byte = "import os, sys; os.write(1, b'\\xff\\n'); os.execv(sys.argv[1], sys.argv[1:])"
+        process = popen([sys.executable, "-c", stray_byte, *words], **how)
         if "--norm-scale=none" in words:
             process.kill()
         return process
@@ -1488,13 +1497,15 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_benchmark_leaves_its_table(small):
+def test_benchmark_leaves_its_table(small, monkeypatch, capsys):
+    monkeypatch.setattr(train, "PEAK_TFLOPS", {train.Machine("cpu").name: 1})  # of bfloat16: this is float32
     assert small("--benchmark", "--norm-scale", "standard", "unified", "--out-dir=bench here") == 0
     first, second = table_of(Path("bench here/benchmark.csv"))
     assert list(first) == "norm_scale ms_per_step tokens_per_second tflops peak_memory_mb ratio".split()
     ms, rate = float(second["ms_per_step"]), float(second["tokens_per_second"])
     assert float(second["ratio"]) == pytest.approx(ms / float(first["ms_per_step"]), rel=1e-3)
     assert rate == pytest.approx(64_000 / ms, rel=1e-3) and os.listdir("bench here") == ["benchmark.csv"]
+    assert "of the peak" not in capsys.readouterr().out
 
 
 def test_torch_compile_gives_the_same_losses(small, monkeypatch):
@@ -1619,10 +1630,22 @@ def test_mistakes_in_a_run_that_goes_on(small, told_in_one_line, spoil, words):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError("no memory"), PermissionError(13, "Permission denied")])
+def test_a_good_checkpoint_that_cannot_be_read_now_is_not_called_bad(small, monkeypatch, capsys, error):
+    small("--steps=6")
+    with_json("config.json", status="running")(only_run())
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with suppress(SystemExit):
+        small("--steps=6", "--resume")
+    told = capsys.readouterr().err
+    assert str(error.args[-1]) in told and "--overwrite" not in told
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "checkpoint.pt", "config.json"])
 def test_a_full_disk_is_told_and_leaves_whole_files(small, monkeypatch, told_in_one_line, name):
     def full(descriptor):
-        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+        parts = Path("runs").glob(f"*/{name}.part")
+        if any(os.path.samestat(os.fstat(descriptor), part.stat()) for part in parts):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -1645,6 +1668,10 @@ def write_run(root, norm_scale="standard", seed=0, lr=0.004, losses=(7.6, 4.0, 3
     rows = [f"{10 * i},{10_000 * i},{loss}" for i, loss in enumerate(losses)]
     with_text("metrics.csv", "\n".join(["step,tokens,val_loss", *rows, ""]))(folder)
     return folder
+
+
+def write_beside(folder, **config):
+    return write_run(folder.parent, **config)
 
 
 def plotted(capsys, root, *flags):
@@ -1830,9 +1857,19 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (with_text("scales.csv", "step,kind\n0,scale\n"), "--kind=weights", "run0: KeyError: 'name'"),
         (lambda folder: (folder / "metrics.csv").unlink(), "", "no run with an evaluation"),
         (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
-        (lambda folder: write_run(folder.parent, eval_tokens=9), "--kind=scaling", "the same eval_tokens"),
-        (lambda folder: write_run(folder.parent, d_ff=9, gemma=True), "--kind=scaling", "the same gemma"),
-        (lambda folder: write_run(folder.parent, optimizer="muon"), "--kind=scaling", "the same optimizer"),
+        *[
+            (partial(write_beside, d_ff=9, **{name: other}), "--kind=scaling", f"the same {name}:")
+            for name, other in {
+                "data": "other",
+                "vocab_size": 9,
+                "eval_tokens": 9,
+                "gemma": True,
+                "n_expert": 8,
+                "optimizer": "muon",
+                "schedule": "wsd",
+                "weight_decay": 0.0,
+            }.items()
+        ],
     ],
 )
 def test_mistakes_in_records(spoil, flags, words, tmp_path, told_in_one_line):

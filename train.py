@@ -337,15 +337,6 @@ class RunFolder:
         text = json.dumps({**config, "status": status, "reason": reason}, indent=2)
         self.write("config.json", text.encode() + b"\n")
 
-    def config(self):
-        """What config.json holds; {} where there is none."""
-        try:
-            return dict(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.path / 'config.json'} is not a run's record: {error}") from None
-
     def clear(self):
         """Leaves nothing of an old run. The checkpoint goes first: nothing can go on from it."""
         for name in ("checkpoint.pt", "config.json", "metrics.csv", "scales.csv"):
@@ -393,6 +384,17 @@ def as_csv(rows):
     return table.getvalue().encode()
 
 
+def read_config(folder):
+    """What config.json holds; {} where there is none."""
+    path = Path(folder, "config.json")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a run's record: {error}") from None
+
+
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
@@ -407,7 +409,7 @@ def load(folder):
     model = Transformer(make_config(settings))
     model.load_state_dict(saved["model"])
     data = TokenFolder(settings.data)
-    if data.sha256 != json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["data_sha256"]:
+    if data.sha256 != read_config(folder).get("data_sha256"):
         raise UserError(f"{folder} is of other data than {settings.data} holds now")
     return model, data.encoding(settings.vocab_size)
 
@@ -1002,7 +1004,7 @@ def finished_status(plan, data, args):
     """done or diverged, for a run that is over, else None. UserError where another run is in its folder."""
     if args.overwrite:
         return None
-    path, config = plan.folder.path, plan.folder.config()
+    path, config = plan.folder.path, read_config(plan.folder.path)
     if not config:
         return None
     if not args.resume:
