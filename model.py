@@ -44,20 +44,21 @@ class Block(nn.Module):
         super().__init__()
         d, variant = config.d_model, config.norm_scale
         self.attention = Attention(config)
-        self.ffn = self.make_ffn(config)
+        self.is_mixture = config.n_expert > 0
+        if self.is_mixture:
+            self.ffn = MixtureOfExperts(config)
+        else:
+            self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
         # Gemma normalises what both emit before it is added.
         self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
-    def make_ffn(self, config):
-        d, variant = config.d_model, config.norm_scale
-        return SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
-
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and a balance loss, which only a mixture of experts has."""
+        """x (B, T, d) -> the next x, and the balance loss of a mixture of experts (0 of a dense FFN)."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
-        x = x + self.ffn_out(self.ffn(normalize(x)))
-        return x, x.new_zeros(())
+        y = self.ffn(normalize(x))
+        y, balance_loss = y if self.is_mixture else (y, x.new_zeros(()))
+        return x + self.ffn_out(y), balance_loss
 
 
 class Transformer(nn.Module):
@@ -70,8 +71,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        block = MixtureBlock if config.n_expert else Block
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
         self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
 
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
         """Matrices ~ N(0, std^2): std 0.02, or 0.02 / sqrt(2 layers) where they write to the residual stream.
 
         Scale vectors start at 1 and take no random number: with one seed every variant starts from the
-        same matrices. Returns the model.
+        same matrices, which draw in the order of parameters(). Returns the model.
         """
         onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
         onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
@@ -225,18 +225,6 @@ class MixtureOfExperts(nn.Module):
         return y.view_as(n), balance_loss
 
 
-class MixtureBlock(Block):
-    """A Block whose feed-forward network is a mixture of experts."""
-
-    def make_ffn(self, config):
-        return MixtureOfExperts(config)
-
-    def forward(self, x, rotation):
-        x = x + self.attention_out(self.attention(normalize(x), rotation))
-        y, balance_loss = self.ffn(normalize(x))
-        return x + self.ffn_out(y), balance_loss
-
-
 # ---------------------------------------------------------------------------------------------------
 # A first reading can end here.
 #
@@ -282,7 +270,7 @@ def paper_d_ff(d_model):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Counts, and the way out
+# Counts, and export
 
 
 @dataclass(frozen=True)

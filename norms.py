@@ -285,7 +285,7 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
         "hg": ({"v_per_branch": True}, "gamma_b is one vector a branch"),
     },
     "placement": {
-        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only"),
+        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only, with hg the same"),
         "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
         "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm"),
     },

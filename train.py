@@ -120,19 +120,19 @@ def make_optimizers(model, settings):
 # The learning rate
 
 
-FINAL_LR = 1 / 20  # of the peak, at the end of cosine
-DECAY = 0.2  # of the steps, at the end of wsd
+COSINE_FLOOR = 1 / 20  # of the peak, at the end
+WSD_DECAY = 0.2  # of the steps, the last ones
 
 
 def cosine(settings, step):
-    """From 1 at the end of the warm-up down to FINAL_LR."""
+    """From 1 at the end of the warm-up down to COSINE_FLOOR."""
     progress = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2
+    return COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def wsd(settings, step):
-    """Warm-up, stable, decay: 1, and over the last DECAY of the steps linear to 0."""
-    return min(1, (settings.steps - step) / (DECAY * settings.steps))
+    """Warm-up, stable, decay: 1, and over the last WSD_DECAY of the steps linear to 0."""
+    return min(1, (settings.steps - step) / (WSD_DECAY * settings.steps))
 
 
 SCHEDULES = {"cosine": cosine, "wsd": wsd}
@@ -599,7 +599,7 @@ def command_line():
 
 
 # ---------------------------------------------------------------------------------------------------
-# The machine, and who sits in front of it
+# The machine, signals, and the terminal
 
 
 def tune_for_a_cpu():
@@ -981,8 +981,8 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
 def check(s, data, machine):
     """Raises UserError where settings do not go together with these data or on this machine."""
     shortest = min(len(data.train), len(data.val))
-    # Held at the least: weights, gradients and moments (Muon has one of the two), logits and their gradient,
-    # all in float32.
+    # The least that is held: weights, gradients and moments (Muon has one of the two), logits and their
+    # gradient, all in float32.
     an_entry = 12 if s.optimizer == "muon" else 16
     need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
     have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
