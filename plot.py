@@ -193,30 +193,46 @@ def student_t(df, share=0.95):
     return math.sqrt(df) * math.tan(np.interp(share * integral[-1], integral, angle))
 
 
+def paired(mine, theirs):
+    """(n, mean, half): of the differences mine - theirs of the seeds that both {seed: loss} have, their
+    number, their mean, and half of its 95 % interval. nan where there are too few."""
+    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    n, mean, half = len(differences), math.nan, math.nan
+    if n > 0:
+        mean = fmean(differences)
+    if n > 1:
+        half = student_t(n - 1) * stdev(differences) / math.sqrt(n)
+    return n, mean, half
+
+
 class Row:
     """A curve beside its baseline, both at the baseline's common learning rate or each at its own best."""
 
     def __init__(self, curve, best):
         base = curve.base or curve
-        self.curve, self.lr = curve, (curve if best else base).lr(best)
+        self.curve = curve
+        self.lr = (curve if best else base).lr(best)
         self.runs = curve.rates.get(self.lr, {})
         self.base_runs = base.rates[base.lr(best)] if curve.base else {}
-        mine, theirs = finals(self.runs), finals(self.base_runs)
-        self.loss, self.finished = mean_final(self.runs), f"{len(mine)} of {len(self.runs)}"
-        differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs and base is not curve]
-        self.pairs, self.mean, self.half = len(differences), fmean(differences or [0.0]), math.nan
-        self.difference = ""  # or "-0.0167 ± 0.0079 *", with a star if the interval excludes 0
-        if self.pairs > 1:  # half the width of the 95 % interval
-            self.half = student_t(self.pairs - 1) * stdev(differences) / math.sqrt(self.pairs)
-        if self.pairs:
-            half, star = f"{self.half:.4f}" if self.pairs > 1 else "-", " *"[abs(self.mean) > self.half]
-            self.difference = f"{self.mean:+.4f} ± {half:6} {star}"
+        self.loss = mean_final(self.runs)
+        self.finished = f"{len(finals(self.runs))} of {len(self.runs)}"
+        others = {} if curve.base is curve else finals(self.base_runs)  # a baseline is compared with none
+        self.pairs, self.mean, self.half = paired(finals(self.runs), others)
+
+    @property
+    def difference(self):
+        """As "-0.0167 ± 0.0079 *", with a star if the interval excludes 0."""
+        if self.pairs == 0:
+            return ""
+        half = f"{self.half:.4f}" if self.pairs > 1 else "-"
+        star = "*" if abs(self.mean) > self.half else " "
+        return f"{self.mean:+.4f} ± {half:6} {star}"
 
 
 def make_rows(curves, best):
     """The rows of the curves, the largest difference first."""
     rows = [row for row in (Row(curve, best) for curve in curves) if row.runs]
-    return sorted(rows, key=lambda row: (row.curve.base is None, -row.mean, -row.loss))
+    return sorted(rows, key=lambda row: (row.curve.base is None, -row.mean if row.pairs else 0, -row.loss))
 
 
 def table(rows, baseline):
