@@ -1,11 +1,11 @@
-"""A Llama-like transformer whose Norms and the linear maps behind them come from norms.py.
+"""A Llama-like transformer; its Norms, and the linear maps that they feed, come from norms.py.
 
     h = x + Attention(Norm(x)),    out = h + FFN(Norm(h)),    logits = LM head(Norm(out))
 
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
-section 3. Two options make its other models: Gemma's extra norms, and a mixture of experts in place of
-each FFN. No code here depends on the scale-vector variant: `Branch` takes care of that.
-Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k a token.
+section 3. Two options give the paper's other models: Gemma's extra norms, and a mixture of experts in
+place of each FFN. No code here depends on the scale-vector variant: `Branch` takes care of that.
+Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k per token.
 """
 
 import math
@@ -32,8 +32,8 @@ class Config:
     vocab_size: int
     seq_len: int
     norm_scale: NormScale = NormScale()
-    gemma: bool = False  # Q/K-norm, and an Output-Norm on what attention and FFN emit
-    n_expert: int = 0  # routed experts beside the shared one, of hidden width int(2 d/3); 0: a dense FFN
+    gemma: bool = False  # Q/K-norm, and an Output-Norm on the outputs of attention and FFN
+    n_expert: int = 0  # routed experts besides the shared one, of hidden width int(2 d/3); 0: a dense FFN
     top_k: int = 0  # routed experts that a token visits
 
 
@@ -49,12 +49,12 @@ class Block(nn.Module):
             self.ffn = MixtureOfExperts(config)
         else:
             self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
-        # Gemma normalises what both emit before it is added.
+        # Gemma normalises the output of both before adding it to the stream.
         self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and the balance loss of a mixture of experts (0 of a dense FFN)."""
+        """x (B, T, d) -> the next x, and the balance loss of a mixture of experts (0 for a dense FFN)."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
         y = self.ffn(normalize(x))
         y, balance_loss = y if self.is_mixture else (y, x.new_zeros(()))
@@ -79,8 +79,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed):
         """Matrices ~ N(0, std^2): std 0.02, or 0.02 / sqrt(2 layers) where they write to the residual stream.
 
-        Scale vectors start at 1 and take no random number: with one seed every variant starts from the
-        same matrices, which draw in the order of parameters(). Returns the model.
+        Scale vectors start at 1 and use no random numbers: with the same seed every variant starts from the
+        same matrices, drawn in the order of parameters(). Returns the model.
         """
         onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
         onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
@@ -92,9 +92,9 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, tokens, targets=None):
-        """Logits, or with targets (language loss in nats a token, balance loss: 0 of a dense model).
+        """Logits, or with targets (language loss in nats per token, balance loss: 0 for a dense model).
 
-        Targets of -100 do not count.
+        Targets of -100 are ignored.
         """
         x = F.embedding(tokens, self.embedding)
         balance_losses = []
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
 
 
 def rotations(seq_len, head_dim, theta=10_000.0):
-    """The table of RoPE, (2, T, 1, h): position t turns the pair i of channels by the angle t theta^(-2i/h).
+    """The RoPE table, (2, T, 1, h): at position t, channel pair i is rotated by the angle t theta^(-2i/h).
 
     For the two channels of a pair, the first half of the table has (cos, cos), the second (-sin, sin).
     """
@@ -134,7 +134,7 @@ def rotations(seq_len, head_dim, theta=10_000.0):
 
 
 def rotate(x, rotation):
-    """RoPE: turns channels (a, b) = (2i, 2i+1) at position t by t's i-th angle. x (B, T, H, h).
+    """RoPE: rotates channels (a, b) = (2i, 2i+1) at position t by its i-th angle. x (B, T, H, h).
 
     (a, b) -> (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
@@ -187,13 +187,13 @@ class SwiGLU(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """One shared expert, and k of E routed ones a token, each a SwiGLU on the same n = Norm(x):
+    """One shared expert and, per token, k of E routed ones, each a SwiGLU on the same n = Norm(x):
 
         y = FFN_shared(n) + sum over the k largest p_i of p_i FFN_i(n),     p = softmax(W_router n)
 
     The p_i are used as they are, not renormalised over the k. No token is dropped. The balance loss (Switch)
     of a sequence is E sum_i f_i P_i, where f_i is the load of expert i (its share of the kT assignments) and
-    P_i its mean probability; it is 1 where the load is even. It is averaged over sequences.
+    P_i its mean probability; it is 1 when the load is uniform. It is averaged over sequences.
     Returns y (B, T, d) and the balance loss.
     """
 
@@ -219,7 +219,7 @@ class MixtureOfExperts(nn.Module):
         chosen, p_chosen = expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)  # (B T, k)
         for i, ffn in enumerate(self.experts):
             row, rank = (chosen == i).nonzero(as_tuple=True)  # chosen[row[j], rank[j]] is i
-            # An expert that no token visits runs on no rows: its gradients are zeros, not missing.
+            # An expert that gets no tokens still runs, on zero rows: its gradients are zeros, not None.
             p_i = p_chosen[row, rank, None]
             y = y.index_add(0, row, p_i * ffn(tokens[row]))  # y[row[j]] += p_i[j] FFN_i(tokens[row[j]])
         return y.view_as(n), balance_loss
@@ -231,8 +231,8 @@ class MixtureOfExperts(nn.Module):
 # Presets: the paper's tables of section 3, and sizes for a laptop
 #
 # A preset has sizes, and the settings that go with them. lr_muon and lr_wsd are the paper's learning rates
-# for Muon and for the wsd schedule where it names them; its steps amount to 100 tokens per (activated)
-# parameter. A preset without vocab_size takes the data's.
+# for Muon and for the wsd schedule where it gives them; its steps amount to 100 tokens per (activated)
+# parameter. A preset without vocab_size uses that of the data.
 
 
 def sizes(d_model, n_head, n_layer, **others):
@@ -275,8 +275,8 @@ def paper_d_ff(d_model):
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters: all, those that one token uses, and those in scale vectors; and the
-    floating-point operations that training does for a token."""
+    """Numbers of parameters: all, those activated for a token, and those in scale vectors; and the
+    floating-point operations of training per token."""
 
     parameters: int
     activated_parameters: int
@@ -285,10 +285,10 @@ class Counts:
 
 
 def count(config):
-    """The Counts of a model, to the digit, from a model on the meta device: nothing is allocated.
+    """The exact Counts of a model, from a copy on the meta device: nothing is allocated.
 
-    A token costs 6 FLOPs for each activated entry of a matrix but the embedding's (2 forward, 4
-    backward), and causal attention, half of the T x T square, 6 T d a layer.
+    A token costs 6 FLOPs for each activated entry of every matrix except the embedding (2 forward, 4
+    backward), plus 6 T d per layer for causal attention, half of the T x T square.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -307,16 +307,16 @@ def count(config):
 
 
 def llama_state_dict(model):
-    """The weights of a folded dense model in names and layout of transformers' LlamaForCausalLM.
+    """The weights of a folded dense model, with the names and layout of transformers' LlamaForCausalLM.
 
-    Raises ValueError where the model still has a scale vector, experts, or Gemma's norms.
+    Raises ValueError if the model still has a scale vector, experts, or Gemma's norms.
     """
     config = model.config
     if config.n_expert or config.gemma or any(p.ndim == 1 for p in model.parameters()):
         raise ValueError("a stock Llama is dense and has no scale vectors: fold(model) first, and no dnp")
     ones = torch.ones_like(model.embedding[0])
 
-    def halves(W):  # their RoPE turns channels (i, i + h/2) of a head, ours (2i, 2i + 1)
+    def halves(W):  # their RoPE rotates channels (i, i + h/2) of a head, ours (2i, 2i + 1)
         return W.view(config.n_head, -1, 2, config.d_model).transpose(1, 2).reshape(W.shape)
 
     state = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.head.W}

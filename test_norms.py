@@ -1315,7 +1315,7 @@ def test_a_sweep_is_a_process_a_run(small, capfd, monkeypatch):
         assert small("--norm-scale", "hg", "none", "ap", "standard", "--resume", "--jobs=2") == 1
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("tiny-")]
     last = {line.split("-")[1]: line for line in lines}
-    assert "done already" in last["hg"] and "no checkpoint of this run" in last["ap"]
+    assert "done already" in last["hg"] and "not a checkpoint of this run" in last["ap"]
     assert "killed by signal 9; the same command with --resume" in last["none"]
     assert "val loss" in last["standard"] and statuses() == {"hg": "done", "ap": "failed", "standard": "done"}
     (config,) = Path("runs").glob("tiny-standard-*/config.json")  # the threads are divided among the runs
@@ -1332,7 +1332,7 @@ def test_a_sweep_that_is_stopped_saves_what_is_under_way(command):
         begun |= {line.split("-")[1]} if ": step 5/" in line else set()
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "--resume goes on" in out
+    assert process.returncode == 130 and "--resume continues" in out
     assert statuses() == {"none": "interrupted", "hg": "interrupted"}
 
 
@@ -1553,12 +1553,12 @@ def test_two_processes_give_the_losses_of_one(small, command):
         ("train.py", "--norm-scale=hg+none", "'none' stands alone, not as a part of 'hg+none'; the grammar"),
         ("train.py", "--norm-scale=ap+unified", "'dnp' in 'ap+unified' meets 'ap': at most one part"),
         ("train.py", "--dtype=bfloat16 --device=cpu", "bfloat16 needs a GPU"),
-        ("train.py", "--n-head=3", "3 heads of an even width do not make 16"),
-        ("train.py", "--n-head=3 --dry-run", "3 heads of an even width do not make 16"),
+        ("train.py", "--n-head=3", "16 does not split into 3 heads of even width"),
+        ("train.py", "--n-head=3 --dry-run", "16 does not split into 3 heads of even width"),
         ("train.py", "--model=moe-tiny --compile=on", "--compile: the loop over experts"),
         ("train.py", "--d-model=65536 --n-layer=1000", "GiB or more"),
         ("train.py", "--seq-len=100000", "too few for --seq-len"),
-        ("train.py", "--data=nowhere", "nowhere is no folder of prepare_data.py"),
+        ("train.py", "--data=nowhere", "nowhere is not a folder made by prepare_data.py"),
         ("train.py", "--out-dir=/dev/null/runs", "/dev/null"),
         ("prepare_data.py", "--input none.txt", "none.txt is not a file"),
         ("prepare_data.py", "--input book.txt --val-input pipe", "save it to a file"),
@@ -1567,7 +1567,7 @@ def test_two_processes_give_the_losses_of_one(small, command):
         ("prepare_data.py", "--input far.txt", "not UTF-8 text: invalid start byte at byte 400003"),
         ("prepare_data.py", "--input book.txt --dataset=sotu", "not both"),
         ("prepare_data.py", "--input book.txt --name=a/b", "cannot be --name"),
-        ("prepare_data.py", "--input book.txt --name=mine --overwrite", "mine is there"),
+        ("prepare_data.py", "--input book.txt --name=mine --overwrite", "mine exists"),
         ("prepare_data.py", "--vocab-size=65537", "256 to 65536"),
         ("prepare_data.py", "--tokenizer=gpt2 --vocab-size=300", "--vocab-size is for"),
         ("prepare_data.py", "--dataset=fineweb --shards=104", "1 to 103"),
@@ -1618,8 +1618,8 @@ class Payload:
         (with_json("config.json", lr="other"), "lr is other"),
         (with_json("config.json", data_sha256="other"), "other data"),
         (with_text("config.json", "[1]"), "config.json"),
-        (lambda folder: os.truncate(folder / "checkpoint.pt", 3000), "no checkpoint of this run"),
-        (lambda folder: torch.save(Payload(), folder / "checkpoint.pt"), "no checkpoint of this run"),
+        (lambda folder: os.truncate(folder / "checkpoint.pt", 3000), "not a checkpoint of this run"),
+        (lambda folder: torch.save(Payload(), folder / "checkpoint.pt"), "not a checkpoint of this run"),
     ],
 )
 def test_mistakes_in_a_run_that_goes_on(small, told_in_one_line, spoil, words):

@@ -2,27 +2,27 @@
 
     python train.py --norm-scale=none                                 # about two minutes on a laptop
     python train.py --norm-scale none standard unified --seed 0 1 2   # nine runs, a process each
-    python train.py --model=llama-1b --norm-scale=unified --dry-run   # what it would be, without a run
+    python train.py --model=llama-1b --norm-scale=unified --dry-run   # describes the run, does not start it
     torchrun --standalone --nproc-per-node=2 train.py ...             # the same batch over two processes
 
 Read it from the top: a batch, the optimisers, the learning rate, the loop, evaluation. That is all of
-training; the rest keeps the folder that a run leaves (config.json, metrics.csv, scales.csv, checkpoint.pt),
-declares the settings, and carries out the command. One step of the tiny preset:
+training; the rest writes the run's folder (config.json, metrics.csv, scales.csv, checkpoint.pt), declares
+the settings, and executes the command. One step of the tiny preset:
 
-    tokens (8, 129)          8 sequences that the seed and the step name, cut out of the text
+    tokens (8, 129)          8 sequences cut out of the text, determined by seed and step
     inputs, targets          (8, 128) each: all but the last token of a row, all but the first
-    logits (8, 128, 2048)    of the model, for a vocabulary of 2,048
+    logits (8, 128, 2048)    from the model, for a vocabulary of 2,048
     loss                     mean of -log p(target): about ln 2048 = 7.6 at the start
-    g = dloss/dweights       by backward, then scaled down to a norm of 1 at most (--grad-clip)
-    weights                  moved by the optimiser, as far as learning_rate(step) says
+    g = dloss/dweights       by backward, then clipped to a norm of at most 1 (--grad-clip)
+    weights                  updated by the optimiser, with the learning rate learning_rate(step)
 
 The functions share four things: `settings`, the value of every flag; `data`, the tokens of train.bin and
-val.bin; `machine`, the device, and which of how many processes this is (torchrun starts several, each with a
-part of the batch); `folder`, where the run's records go.
+val.bin; `machine`, the device, this process's rank and the number of processes (torchrun starts several,
+each with a part of the batch); `folder`, where the run's records go.
 
-Randomness has an address: initial weights depend on the seed alone, a batch on (seed, step), an evaluation
-window on its index. So variants of one seed start from the same matrices and see the same batches, evaluating
-more often changes nothing, and a run that was cut off goes on as if it had not been.
+All randomness is explicitly seeded: initial weights depend only on the seed, a batch on (seed, step), an
+evaluation window on its index. So variants with the same seed start from the same matrices and see the same
+batches, evaluating more often changes nothing, and an interrupted run resumes as if it had never stopped.
 """
 
 import argparse
@@ -62,13 +62,13 @@ from norms import Branch, NormScale, ScaleVector, decay_groups
 from prepare_data import CommandLine, TokenFolder, UserError
 
 # ---------------------------------------------------------------------------------------------------
-# What a batch is
+# Batches
 
 
 def batch(data, settings, step, machine):
-    """This process's part of the batch that (seed, step) names: (sequences, T + 1) tokens of train.bin.
+    """This process's part of the batch for (seed, step): (sequences, T + 1) tokens of train.bin.
 
-    All but the last of a row are the inputs, all but the first the targets.
+    In each row, all tokens but the last are the inputs and all but the first are the targets.
     """
     T = settings.seq_len
     generator = np.random.default_rng((settings.seed, step))
@@ -84,7 +84,7 @@ def batch(data, settings, step, machine):
 def adamw(groups, settings):
     """m <- 0.9 m + 0.1 g,  s <- 0.95 s + 0.05 g^2,  w <- w - lr (m / sqrt(s) + weight_decay w)
 
-    (m and s are divided by 1 - 0.9^t and 1 - 0.95^t, as they start at 0.)
+    (m and s are bias-corrected: divided by 1 - 0.9^t and 1 - 0.95^t, as they start at 0.)
     """
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
@@ -93,8 +93,8 @@ def muon(groups, settings):
     """m <- 0.95 m + 0.05 g for each matrix; with m = U S V^T, w <- w - lr (c U V^T + weight_decay w)
 
     With c = 0.2 sqrt(max(rows, columns)) an entry of w moves about as far as under AdamW. Two details are
-    left out above: what is decomposed is 0.95 m + 0.05 g (Nesterov's momentum), and five Newton-Schulz steps
-    stand for the decomposition and give U V^T nearly.
+    left out above: what is decomposed is 0.95 m + 0.05 g (Nesterov momentum), and five Newton-Schulz steps
+    replace the decomposition and give U V^T approximately.
     """
     return torch.optim.Muon(groups, lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
 
@@ -103,7 +103,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizers(model, settings):
-    """Two: that of --optimizer for the matrices inside the blocks, and AdamW for all other parameters."""
+    """Two: the --optimizer for the matrices inside the blocks, and AdamW for all other parameters."""
     matrices, *vectors = decay_groups(model, model.config.norm_scale, settings.weight_decay)
     in_blocks = set(model.blocks.parameters())
     inside = [p for p in matrices["params"] if p in in_blocks]
@@ -120,8 +120,8 @@ def make_optimizers(model, settings):
 # The learning rate
 
 
-COSINE_FLOOR = 1 / 20  # of the peak, at the end
-WSD_DECAY = 0.2  # of the steps, the last ones
+COSINE_FLOOR = 1 / 20  # final learning rate, as a fraction of the peak
+WSD_DECAY = 0.2  # fraction of the steps, at the end
 
 
 def cosine(settings, step):
@@ -131,7 +131,7 @@ def cosine(settings, step):
 
 
 def wsd(settings, step):
-    """Warm-up, stable, decay: 1, and over the last WSD_DECAY of the steps linear to 0."""
+    """Warm-up, stable, decay: 1, then linear to 0 over the last WSD_DECAY of the steps."""
     return min(1, (settings.steps - step) / (WSD_DECAY * settings.steps))
 
 
@@ -157,7 +157,7 @@ def require_finite(settings, step, **values):
 
 
 def train(settings, data, machine, folder):
-    """One run, from its start or its checkpoint to its end, or to where somebody stops it.
+    """One run, from its start or its checkpoint until it ends or is interrupted.
 
     A generator: it yields the Record at the start and after every step.
     """
@@ -172,11 +172,11 @@ def train(settings, data, machine, folder):
         started = time.perf_counter()
         tokens = batch(data, settings, record.step, machine)
 
-        # The gradient of the mean loss over the batch of all processes, a micro-batch at a time.
+        # The gradient of the mean loss over the whole batch (all processes), accumulated over micro-batches.
         loss = 0.0
         for micro_batch in tokens.split(settings.micro_batch_size):
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
-            share = len(micro_batch) / settings.batch_size  # of the mean over all sequences
+            share = len(micro_batch) / settings.batch_size  # weight in the mean over all sequences
             with machine.autocast(settings.dtype):
                 language_loss, balance_loss = forward(inputs, targets)
             (share * (language_loss + BALANCE_LOSS * balance_loss)).backward()
@@ -218,8 +218,8 @@ def train(settings, data, machine, folder):
 def validation_batches(data, settings, machine):
     """This process's part of an evaluation: (inputs, targets, number of windows) of each batch.
 
-    The first eval_tokens of val.bin are cut into windows of T, one after the other, and dealt out to the
-    processes. Every batch has micro_batch_size rows, so that nothing is compiled again for a smaller one:
+    The first eval_tokens of val.bin are cut into consecutive windows of T and distributed over the
+    processes. Every batch has micro_batch_size rows, to avoid recompilation for a smaller one:
     the last window is repeated to fill it, with targets of -100, which the loss ignores.
     """
     T, rows = settings.seq_len, settings.micro_batch_size
@@ -235,7 +235,7 @@ def validation_batches(data, settings, machine):
 
 @torch.no_grad()
 def evaluate(forward, data, settings, machine):
-    """The mean language loss in nats a token, over all windows."""
+    """The mean language loss in nats per token, over all windows."""
     loss_sum = 0.0
     for inputs, targets, windows in validation_batches(data, settings, machine):
         with machine.autocast(settings.dtype):
@@ -246,7 +246,7 @@ def evaluate(forward, data, settings, machine):
 
 @dataclasses.dataclass
 class Record:
-    """What a run has to show so far. A checkpoint holds it, the settings, the weights and the optimisers."""
+    """The results of a run so far. A checkpoint holds them, the settings, the weights and the optimisers."""
 
     step: int = 0  # steps done
     seconds: float = 0.0  # of training, without evaluations and checkpoints
@@ -276,7 +276,7 @@ class Record:
 
 
 def scale_rows(model, step):
-    """Lines of scales.csv: every vector's gamma, every branch's weight."""
+    """Rows of scales.csv: statistics of every vector's gamma, the norm of every branch's weight."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ScaleVector):
@@ -293,7 +293,7 @@ def scale_rows(model, step):
 # ---------------------------------------------------------------------------------------------------
 # A first reading can end here.
 #
-# The run folder: nothing in it is ever half a file under a whole file's name
+# The run folder: files are written atomically, so none is ever half-written under its final name
 
 
 class RunFolder:
@@ -303,7 +303,7 @@ class RunFolder:
         self.path, self.is_writer = Path(path), machine.rank == 0
 
     def lock(self):
-        """A context that keeps other processes out; the operating system lets go when this one dies."""
+        """A context manager that keeps other processes out; the system releases the lock if this one dies."""
         if not self.is_writer:
             return nullcontext()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -311,12 +311,12 @@ class RunFolder:
             return FileLock(self.path / ".lock").acquire(blocking=False)
         except Timeout:
             raise UserError(f"another process is training in {self.path}") from None
-        except (OSError, NotImplementedError) as error:  # some network folders know no locks
-            print(f"no lock in {self.path}, so start no second run there: {error}", file=sys.stderr)
+        except (OSError, NotImplementedError) as error:  # some network file systems lack locks
+            print(f"cannot lock {self.path}, so start no second run there: {error}", file=sys.stderr)
             return nullcontext()
 
     def write(self, name, contents):
-        """Under another name, then renamed: what was there stays until the new is whole."""
+        """Writes under a temporary name, then renames: the old file stays until the new one is complete."""
         if not self.is_writer:
             return
         part = self.path / f"{name}.part"
@@ -338,13 +338,13 @@ class RunFolder:
         self.write("config.json", text.encode() + b"\n")
 
     def clear(self):
-        """Leaves nothing of an old run. The checkpoint goes first: nothing can go on from it."""
+        """Removes the files of an old run. The checkpoint goes first, so that nothing can resume from it."""
         for name in ("checkpoint.pt", "config.json", "metrics.csv", "scales.csv"):
             if self.is_writer:
                 (self.path / name).unlink(missing_ok=True)
 
     def save(self, settings, model, optimizers, record):
-        """All that going on needs, as checkpoint.pt."""
+        """Writes all that is needed to resume, as checkpoint.pt."""
         if not self.is_writer:
             return
         contents = {
@@ -358,7 +358,7 @@ class RunFolder:
         self.write("checkpoint.pt", file.getbuffer())
 
     def restore(self, model, optimizers):
-        """Puts model and optimisers where the checkpoint was saved, if there is one. Returns the Record."""
+        """Restores model and optimisers from the checkpoint, if there is one. Returns the Record."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return Record()
@@ -370,9 +370,9 @@ class RunFolder:
             return Record(**saved["record"])
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever torch makes of bytes that it did not write
+        except Exception as error:  # a damaged or foreign checkpoint raises errors of many types
             raise UserError(
-                f"{path} is no checkpoint of this run ({first_line(error)}); --overwrite starts anew"
+                f"{path} is not a checkpoint of this run ({first_line(error)}); --overwrite starts over"
             ) from None
 
 
@@ -385,7 +385,7 @@ def as_csv(rows):
 
 
 def read_config(folder):
-    """What config.json holds; {} where there is none."""
+    """The contents of config.json; {} if there is none."""
     path = Path(folder, "config.json")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -402,7 +402,7 @@ def first_line(error):
 def load(folder):
     """(model, tokenizer) of a run folder, on the CPU: a Transformer in float32, and a tiktoken.Encoding.
 
-    Raises UserError where its data is no longer there, or is other data now.
+    Raises UserError if its data no longer exists or has changed.
     """
     saved = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
     settings = SimpleNamespace(**saved["settings"])
@@ -415,16 +415,16 @@ def load(folder):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Settings: each is declared once, and all that depends on them follows from here
+# Settings: each is declared once, and everything that depends on them is derived from here
 
 
 def setting(kind, help, default, several=False, detail=False):
     """A field of Settings.
 
-    kind: an argparse type, a list of choices, or None for what has no flag. default: a value, or a function
-    of the settings above it. several: the flag takes several values, and each makes a run. detail: a matter
-    of how a run is carried out, with the same losses up to rounding; it is in no folder's name, and --resume
-    accepts another value.
+    kind: an argparse type, a list of choices, or None if it has no flag. default: a value, or a function of
+    the settings above it. several: the flag takes several values, one run for each. detail: affects only how
+    a run is executed, with the same losses up to rounding; it is not in the folder's name, and --resume
+    accepts a different value.
     """
     about = dict(kind=kind, help=help, default=default, several=several, detail=detail)
     return dataclasses.field(metadata=about)
@@ -453,19 +453,19 @@ def variant(text):
 
 
 def width(text):
-    """An argparse type: a width, or as text +n for n more than the default."""
+    """An argparse type: a width as an int, or +n as text, for n more than the default."""
     if not re.fullmatch(r"\+?\d{1,7}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a width, 1 to 9,999,999, nor +n for n more")
     return text if text.startswith("+") else int(text)
 
 
 def preset(name, otherwise=None):
-    """A default: what the preset says of this name."""
+    """A default: the preset's value for this name, or else `otherwise`."""
     return lambda s: s.preset.get(name, otherwise)
 
 
 def default_lr(s):
-    """The preset's peak for this optimiser or this schedule, where it has one, or else for AdamW."""
+    """The preset's peak for this optimiser or schedule if it has one, otherwise that for AdamW."""
     names = (f"lr_{s.optimizer}", f"lr_{s.schedule}", "lr")
     return next(s.preset[name] for name in names if name in s.preset)
 
@@ -475,7 +475,7 @@ def default_dtype(s):
 
 
 def default_compile(s):
-    """On a GPU where it works. The loop over experts is not for the compiler."""
+    """On for a GPU where torch.compile works, but not with experts: the loop over them is not compiled."""
     return "on" if s.device == "cuda" and s.machine.can_compile() and not s.n_expert else "off"
 
 
@@ -490,7 +490,7 @@ class Settings:
     """Everything that one run depends on.
 
     A field is a flag and a key of config.json. Where it differs from the default it is also part of the
-    folder's name and of the command that makes the run again. --resume checks it.
+    folder's name and of the command that reproduces the run. --resume checks it.
     """
 
     model: str = setting(list(PRESETS), "preset of sizes and settings", "tiny")
@@ -498,9 +498,9 @@ class Settings:
     optimizer: str = setting(list(OPTIMIZERS), "of the matrices inside the blocks", "adamw")
     schedule: str = setting(list(SCHEDULES), "cosine, or constant and then linear to 0", "cosine")
     lr: float = setting(number(float, 1e-9), "peak learning rate", default_lr, several=True)
-    seed: int = setting(number(int, 0), "of weights and batches", 0, several=True)
-    batch_size: int = setting(number(int, 1), "sequences a step, over all processes", preset("batch_size"))
-    seq_len: int = setting(number(int, 1), "tokens a sequence", preset("seq_len"))
+    seed: int = setting(number(int, 0), "for weights and batches", 0, several=True)
+    batch_size: int = setting(number(int, 1), "sequences per step, over all processes", preset("batch_size"))
+    seq_len: int = setting(number(int, 1), "tokens per sequence", preset("seq_len"))
     steps: int = setting(number(int, 1), "optimiser steps", preset("steps"))
     d_model: int = setting(number(int, 2), "width", preset("d_model"))
     n_layer: int = setting(number(int, 1, 1024), "layers", preset("n_layer"))
@@ -511,11 +511,11 @@ class Settings:
     n_expert: int = setting(None, "routed experts", preset("n_expert", 0))
     top_k: int = setting(None, "of them for a token", preset("top_k", 0))
     weight_decay: float = setting(number(float, 0), "of matrices and of --norm-scale's vectors", 0.1)
-    grad_clip: float = setting(number(float, 0), "largest norm of the gradient; 0: any", 1.0)
+    grad_clip: float = setting(number(float, 0), "maximum gradient norm; 0: no clipping", 1.0)
     warmup_steps: int = setting(number(int, 0), "steps to the peak", lambda s: max(10, s.steps // 20))
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
-    eval_every: int = setting(number(int, 1), "steps from one evaluation to the next", preset("eval_every"))
-    eval_tokens: int = setting(number(int, 1, 10**12), "the first of val.bin", preset("eval_tokens"))
+    eval_every: int = setting(number(int, 1), "steps between evaluations", preset("eval_every"))
+    eval_tokens: int = setting(number(int, 1, 10**12), "first tokens of val.bin", preset("eval_tokens"))
     dtype: str = setting(["auto", "float32", "bfloat16"], "of matrix products", default_dtype)
     device: str = setting(["auto", "cpu", "cuda", "mps"], "GPU or not", lambda s: s.machine.best, detail=True)
     compile: str = setting(["auto", "on", "off"], "torch.compile", default_compile, detail=True)
@@ -528,12 +528,12 @@ IN_EVERY_NAME = ("model", "norm_scale", "optimizer", "schedule", "lr", "seed")
 
 
 def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
-    """(the Settings in force, {name: value} of those that differ from the default): given or default."""
+    """Fills in defaults. Returns (Settings, {name: value} of those that differ from the default)."""
     s = SimpleNamespace(
         preset=PRESETS[given.get("model") or "tiny"], machine=machine, data_vocab_size=data_vocab_size
     )
     non_default = {}
-    for name, field in FIELDS.items():  # in their order: a default may read what stands before it
+    for name, field in FIELDS.items():  # in order: a default may depend on earlier fields
         default = field["default"](s) if callable(field["default"]) else field["default"]
         value = given.get(name)
         if name == "steps" and given.get("tokens"):
@@ -545,26 +545,26 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
         if value != default:
             non_default[name] = value
         setattr(s, name, value)
-    # What is recorded is what is evaluated: whole windows, as many as there are.
+    # Record what is actually evaluated: whole windows only, and no more than there are.
     s.eval_tokens = max(1, min(s.eval_tokens, val_tokens - 1) // s.seq_len) * s.seq_len
     return Settings(**{name: getattr(s, name) for name in FIELDS}), non_default
 
 
 def make_config(settings):
-    """The model of these settings."""
+    """The model Config for these settings."""
     sizes = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Config)}
     sizes["norm_scale"] = NormScale.parse(settings.norm_scale)
     return Config(**sizes)
 
 
 def folder_name(settings, non_default, data_sha256):
-    """The choices that make an experiment, then what differs from the preset's."""
+    """The choices that define an experiment, then whatever differs from the preset."""
     parts = [settings.model, settings.norm_scale, settings.optimizer, settings.schedule]
     parts += [f"lr{settings.lr:g}", f"seed{settings.seed}"]
     for name, value in non_default.items():
         if name in IN_EVERY_NAME or FIELDS[name]["detail"]:
             continue
-        if name == "data":  # two texts can have folders of one name
+        if name == "data":  # folders of two texts can have the same name
             value = re.sub(r"[^\w.+]+", "_", Path(value).name) + "_" + data_sha256["train.bin"][:6]
         parts.append(f"{name}{value}")
     return "-".join(parts)
@@ -585,16 +585,16 @@ def command_line():
             default = "auto" if "auto" in how.get("choices", []) else "the preset's"
         group = length if name == "steps" else parser
         group.add_argument(f"--{name.replace('_', '-')}", help=f"{field['help']} (default: {default})", **how)
-    length.add_argument("--tokens", type=number(int, 1, 10**15), help="as many steps as see this many tokens")
+    length.add_argument("--tokens", type=number(int, 1, 10**15), help="tokens to train on; it sets --steps")
     parser.add_argument("--out-dir", default="runs", help="where the run folders are (default: runs)")
-    jobs = "of several runs, how many at once (default: as many as there are cores; on a GPU one)"
+    jobs = "how many of several runs to train at once (default: one per core; on a GPU, one)"
     parser.add_argument("--jobs", type=number(int, 1, 1024), help=jobs)
-    resume = "go on from checkpoints; start runs without one, pass over those that are done or diverged"
+    resume = "resume from checkpoints; start runs without one, skip those that are done or diverged"
     existing_run.add_argument("--resume", action="store_true", help=resume)
-    existing_run.add_argument("--overwrite", action="store_true", help="start anew where a run folder exists")
+    existing_run.add_argument("--overwrite", action="store_true", help="replace runs that exist already")
     dry_run = "print parameters and optimiser groups; needs no data, allocates nothing"
     mode.add_argument("--dry-run", action="store_true", help=dry_run)
-    mode.add_argument("--benchmark", action="store_true", help="time the variants in turn, train none")
+    mode.add_argument("--benchmark", action="store_true", help="time the variants in turn, without training")
     return parser
 
 
@@ -603,25 +603,25 @@ def command_line():
 
 
 def tune_for_a_cpu():
-    """What makes the CPU's runs faster, or possible. Before the first large tensor."""
-    # glibc gives every large tensor back to the kernel when it is freed and takes it anew, page fault by
-    # page fault: a seventh of a tiny step. With these two thresholds it keeps up to 1 GiB. Elsewhere nothing
-    # happens.
+    """Makes runs on a CPU faster, or possible at all. Call it before the first large tensor exists."""
+    # glibc returns the memory of every large tensor to the kernel when it is freed and faults it back in page
+    # by page: a seventh of the time of a tiny step. With these two thresholds it keeps up to 1 GiB.
+    # Without glibc, nothing happens.
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    # Muon multiplies in bfloat16, for which oneDNN takes a CPU's AMX instructions. Some virtual machines
-    # announce AMX and do not allow it: the process dies of an illegal instruction. So without AMX; all else
-    # that a CPU does here is float32, which never uses it.
+    # Muon multiplies in bfloat16, for which oneDNN uses a CPU's AMX instructions. Some virtual machines
+    # report AMX but do not permit it: the process dies of an illegal instruction. So AMX is disabled; all
+    # else that a CPU does here is float32, which never uses it.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 class Machine:
-    """The device that a run trains on, and this process's place among torchrun's: rank of processes."""
+    """The device that a run trains on, and this process's `rank` among torchrun's `processes`."""
 
     def __init__(self, kind="auto"):
-        under_torchrun = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE says nothing
+        under_torchrun = dist.is_torchelastic_launched()  # a stray RANK or WORLD_SIZE means nothing
         self.rank = int(os.environ["RANK"]) if under_torchrun else 0
         self.processes = int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
         on_this_machine = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1
@@ -646,7 +646,7 @@ class Machine:
         """An array of tokens, as int64 on the device."""
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
         if self.is_gpu:
-            tensor = tensor.pin_memory()  # so that the copy need not be waited for
+            tensor = tensor.pin_memory()  # so that the copy can be asynchronous
         return tensor.to(self.device, non_blocking=self.is_gpu)
 
     def autocast(self, dtype):
@@ -665,7 +665,7 @@ class Machine:
             dist.barrier()
 
     def all_reduce(self, tensors):
-        """Each tensor becomes its sum over all processes, in place."""
+        """Sums each tensor over all processes, in place."""
         if self.processes > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
@@ -687,7 +687,7 @@ class Machine:
         return ""
 
     def memory(self):
-        """Bytes that there are; infinite where it is not known."""
+        """The device's total memory in bytes; infinite if unknown."""
         if self.is_gpu:
             return torch.cuda.mem_get_info()[1]
         if hasattr(os, "sysconf"):
@@ -696,18 +696,18 @@ class Machine:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM: `signum` is the last one that came, or 0.
+    """Ctrl-C or SIGTERM: `signum` is the last signal received, or 0.
 
-    The training loop looks at it between steps, and ends; a second signal ends the program at once.
-    `processes` are the runs of a sweep, and every signal is handed on to them. A sweep holds the lock while
-    it starts one and adds it, so that no signal falls between.
+    The training loop checks it between steps and then ends; a second signal ends the program at once.
+    `processes` are the runs of a sweep, and every signal is passed on to them. A sweep holds the lock while
+    it starts a run and adds it here, so that no signal is lost in between.
     """
 
     signum, lock = 0, threading.RLock()
 
     def __enter__(self):
         self.signum, self.processes, self.before = 0, [], {}
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
+        if threading.current_thread() is threading.main_thread():  # no other thread can handle signals
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.before[signum] = signal.signal(signum, self.note)
 
@@ -726,18 +726,18 @@ class Stop:
             raise KeyboardInterrupt
 
 
-STOP = Stop()  # one a process, as signals are
+STOP = Stop()  # one per process, as signals are
 
 
 def say(text):
-    """A line that stays, in one piece: the threads of a sweep print too."""
+    """Prints a permanent line, in one write: the threads of a sweep print too."""
     print(f"\r\x1b[K{text}\n" if sys.stdout.isatty() else f"{text}\n", end="", flush=True)
 
 
 def show(text):
-    """A line that the next one takes the place of, on a terminal."""
+    """Prints a line that the next one overwrites; only on a terminal."""
     if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be replaced
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
         print(f"\r\x1b[K{text[:width]}", end="", flush=True)
 
 
@@ -750,7 +750,7 @@ class Plan(NamedTuple):
 
     settings: Settings
     folder: RunFolder
-    flags: list  # that make this run alone
+    flags: list  # that reproduce this run on its own
 
     @property
     def name(self):
@@ -758,16 +758,16 @@ class Plan(NamedTuple):
 
 
 def run(plan, data, machine, resume):
-    """Trains one run and records it. The exit code: 0, or 128 + the signal if somebody stopped it."""
+    """Trains one run and records it. Returns the exit code: 0, or 128 + the signal if interrupted."""
     settings, folder = plan.settings, plan.folder
     with folder.lock(), STOP:
         say(describe(settings))
         if resume and not (folder.path / "checkpoint.pt").exists():
-            say("no checkpoint to go on from, starts at step 0")
+            say("no checkpoint to resume from, starting at step 0")
         machine.wait_for_all()
         config = provenance(plan, data, machine)
         folder.write_config(config, "running")
-        status, reason = "running", None  # as it stays after a second Ctrl-C
+        status, reason = "running", None  # what is recorded after a second Ctrl-C
         try:
             for record in train(settings, data, machine, folder):
                 report(record, settings)
@@ -779,7 +779,7 @@ def run(plan, data, machine, resume):
         finally:
             folder.write_config(config, status, reason)
         if status == "interrupted":
-            say(f"stopped after step {record.step:,} and saved; the same command with --resume goes on")
+            say(f"stopped after step {record.step:,} and saved; the same command with --resume continues")
             return 128 + (STOP.signum or signal.SIGTERM)
         if machine.rank == 0:
             say(summary(record, settings, data, folder))
@@ -787,7 +787,7 @@ def run(plan, data, machine, resume):
 
 
 def report(record, settings):
-    """A line that stays per evaluation, and one that the next takes the place of per step."""
+    """Prints a permanent line per evaluation, and a line that the next one overwrites per step."""
     step = f"step {record.step:,}/{settings.steps:,}"
     tokens_left = (settings.steps - record.step) * settings.batch_size * settings.seq_len
     if record.losses:  # an evaluation empties them
@@ -802,7 +802,7 @@ def report(record, settings):
 
 
 def summary(record, settings, data, folder):
-    """The last words of a run: a text from its model, and its loss."""
+    """The final message of a run: a sample from its model, and its loss."""
     model, _ = load(folder.path)
     start = torch.from_numpy(data.val[None, :8].astype(np.int64))
     text = data.decode(model.generate(start, 48, torch.Generator().manual_seed(0))[0].tolist())
@@ -840,9 +840,9 @@ def describe(settings):
 
 
 def provenance(plan, data, machine):
-    """What config.json holds beside the outcome: command, settings, versions, machine, data and counts."""
+    """What config.json holds besides the outcome: command, settings, versions, machine, data and counts."""
     root, commit = Path(__file__).resolve().parent, None
-    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]  # not a repository around this one
+    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]  # not an enclosing repository
     with suppress(OSError, subprocess.CalledProcessError):
         version = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip()
@@ -868,20 +868,20 @@ def provenance(plan, data, machine):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Several runs: a process each, so that nothing that happens to one can touch another
+# Several runs: one process each, so that the failure of one cannot affect another
 
 
 def sweep(plans, jobs, resume):
-    """Plans as processes of their own, `jobs` at a time, with their lines under their names.
+    """Runs each plan in its own process, `jobs` at a time; output lines are prefixed with the run's name.
 
-    The exit code: 0, 1 if a run did not reach its end, 128 + the signal if all were stopped.
+    Returns the exit code: 0, 1 if a run did not finish, 128 + the signal if all were stopped.
     """
-    threads = max(1, torch.get_num_threads() // jobs)  # of what this command has
+    threads = max(1, torch.get_num_threads() // jobs)  # per job, out of this command's
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
     began, last_words, finished = time.monotonic(), {}, []
 
     def run_one(plan):
-        """One run, in a thread that waits for its process: the process's exit code."""
+        """One run, in a thread that waits for its process; returns the process's exit code."""
         with STOP.lock:
             if STOP.signum:
                 return 1
@@ -892,7 +892,7 @@ def sweep(plans, jobs, resume):
                 encoding="utf-8",
                 errors="replace",
                 env=environment,
-                start_new_session=True,  # Ctrl-C comes to the command alone, which hands it on
+                start_new_session=True,  # only this command gets Ctrl-C, and passes it on
             )
             STOP.processes.append(process)
         last_words[plan.name] = ""
@@ -903,7 +903,7 @@ def sweep(plans, jobs, resume):
             show_status()
         if process.wait() < 0:
             killed = f"killed by signal {-process.returncode}"
-            last_words[plan.name] = f"{killed}; the same command with --resume goes on with it"
+            last_words[plan.name] = f"{killed}; the same command with --resume continues it"
         finished.append(plan.name)
         return process.returncode
 
@@ -917,11 +917,11 @@ def sweep(plans, jobs, resume):
 
     with STOP, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_one, plan) for plan in plans]
-        while wait(futures, timeout=0.2).not_done:  # on Windows no signal interrupts a wait without an end
+        while wait(futures, timeout=0.2).not_done:  # on Windows no signal interrupts a wait without a timeout
             pass
-    exit_codes = [future.result() for future in futures]  # raises what kept a process from starting
+    exit_codes = [future.result() for future in futures]  # raises any error that kept a process from starting
     if STOP.signum:
-        say("stopped; what was under way is saved, and the same command with --resume goes on")
+        say("stopped; what was under way is saved, and the same command with --resume continues")
         return 128 + STOP.signum
     say("")
     for plan in plans:
@@ -936,14 +936,14 @@ PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989}  # dense bfloat16
 
 
 def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
-    """Times the plans' loops in turn, A B A B, into <out_dir>/benchmark.csv. Ratios are to the first."""
+    """Times the plans' loops in turn, A B A B; writes <out_dir>/benchmark.csv. Ratios are to the first."""
     folder, loops, milliseconds = RunFolder(out_dir, machine), [], [[] for _ in plans]
     for plan in plans:
-        # Neither an evaluation nor a checkpoint comes up, so nothing is written.
+        # No evaluation or checkpoint ever comes due, so nothing is written.
         endless = dataclasses.replace(plan.settings, steps=10**9, eval_every=10**9, checkpoint_every=0)
         loops.append(train(endless, data, machine, RunFolder(folder.path / "benchmark", machine)))
         list(itertools.islice(loops[-1], 1 + warm_up))
-    memory = machine.peak_memory_mb() if len(plans) == 1 else ""  # of all of them together it says nothing
+    memory = machine.peak_memory_mb() if len(plans) == 1 else ""  # the joint peak of several says nothing
     for _ in range(rounds):
         for loop, taken in zip(loops, milliseconds):
             for _ in range(steps):
@@ -979,9 +979,9 @@ def benchmark(plans, data, machine, out_dir, warm_up=5, rounds=10, steps=4):
 
 
 def check(s, data, machine):
-    """Raises UserError where settings do not go together with these data or on this machine."""
+    """Raises UserError if the settings do not work with this data or on this machine."""
     shortest = min(len(data.train), len(data.val))
-    # The least that is held: weights, gradients and moments (Muon has one of the two), logits and their
+    # A lower bound on memory: weights, gradients and moments (Muon has one instead of two), logits and their
     # gradient, all in float32.
     an_entry = 12 if s.optimizer == "muon" else 16
     need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
@@ -990,9 +990,9 @@ def check(s, data, machine):
     for wrong, message in [
         (s.batch_size < machine.processes, f"--batch-size: fewer than the {machine.processes} processes"),
         (s.dtype == "bfloat16" and not machine.has_bfloat16, "--dtype: bfloat16 needs a GPU that has it"),
-        (s.compile == "on" and s.n_expert, "--compile: the loop over experts is not for torch.compile"),
+        (s.compile == "on" and s.n_expert, "--compile: the loop over experts cannot be compiled"),
         (s.compile == "on" and not machine.can_compile(), f"--compile: {no_compiler}"),
-        (s.vocab_size < data.vocab_size, f"{s.model} takes {s.vocab_size:,} tokens, not {data.vocab_size:,}"),
+        (s.vocab_size < data.vocab_size, f"{data.vocab_size:,} tokens in the data, {s.vocab_size:,} in {s.model}"),
         (shortest <= s.seq_len, f"{data.folder} has a part of {shortest:,} tokens, too few for --seq-len"),
         (need > machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {have}"),
     ]:
@@ -1001,43 +1001,43 @@ def check(s, data, machine):
 
 
 def finished_status(plan, data, args):
-    """done or diverged, for a run that is over, else None. UserError where another run is in its folder."""
+    """done or diverged if the run is over, else None. Raises UserError if its folder holds another run."""
     if args.overwrite:
         return None
     path, config = plan.folder.path, read_config(plan.folder.path)
     if not config:
         return None
     if not args.resume:
-        raise UserError(f"{path} holds a run already; --resume goes on with it, --overwrite starts anew")
+        raise UserError(f"{path} holds a run already; --resume continues it, --overwrite starts over")
     for name, field in FIELDS.items():
         here = getattr(plan.settings, name)
-        # A setting younger than that run had its default there, and has it here too: the names are equal.
+        # A setting newer than that run had its default there, and does here too, as the names are equal.
         there = config.get(name, here)
         if here != there and name != "data" and not field["detail"]:
-            other = f"{path} is of another run: {name} is {there} there and {here} here"
-            raise UserError(f"{other}; --overwrite starts anew")
+            other = f"{path} holds another run: {name} is {there} there and {here} here"
+            raise UserError(f"{other}; --overwrite starts over")
     if config.get("data_sha256") != data.sha256:
-        raise UserError(f"{path} is of other data than {data.folder} holds now; --out-dir leads elsewhere")
+        raise UserError(f"{path} is of other data than {data.folder} holds now; choose another --out-dir")
     return config.get("status") if config.get("status") in ("done", "diverged") else None
 
 
 def combinations(args):
     """{name: value} for each run: every combination of the values of the flags that take several."""
     names = [name for name, field in FIELDS.items() if field["several"]]
-    values = [dict.fromkeys(getattr(args, name) or [None]) for name in names]  # none of them twice
+    values = [dict.fromkeys(getattr(args, name) or [None]) for name in names]  # without duplicates
     return [dict(zip(names, chosen)) for chosen in itertools.product(*values)]
 
 
 def plans_of(args, data, machine):
-    """The Plan of every run of the command. Raises UserError where sizes do not go together."""
+    """The Plan of every run of the command. Raises UserError if sizes are incompatible."""
     vocab_size, val_tokens, sha256 = 2048, math.inf, {"train.bin": ""}
     if data:
         vocab_size, val_tokens, sha256 = data.vocab_size, len(data.val), data.sha256
     plans = []
     for values in combinations(args):
         s, non_default = resolve(vars(args) | values, machine, vocab_size, val_tokens)
-        if s.d_model % (2 * s.n_head):  # rotary embedding turns pairs
-            raise UserError(f"--n-head: {s.n_head} heads of an even width do not make {s.d_model}")
+        if s.d_model % (2 * s.n_head):  # rotary embedding rotates pairs
+            raise UserError(f"--n-head: {s.d_model} does not split into {s.n_head} heads of even width")
         flags = {name: getattr(s, name) for name in IN_EVERY_NAME} | non_default
         flags["dtype"] = s.dtype  # whose default depends on the machine
         if args.out_dir != "runs":
@@ -1051,10 +1051,10 @@ def plans_of(args, data, machine):
 
 
 def execute(args):
-    """Everything that the command asks for. Returns the exit code; raises UserError before a run starts."""
+    """Carries out the command. Returns the exit code; raises UserError before any run starts."""
     machine = Machine(args.device or "auto")
     if machine.rank > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # only the first process prints
     built_in = FIELDS["data"]["default"]
     path = Path(args.data or built_in)
     prepared = (path / "meta.json").exists()
@@ -1067,9 +1067,9 @@ def execute(args):
         try:
             prepare_data.prepare("sotu", out_dir=path.parent)
         except OSError:
-            if not (path / "meta.json").exists():  # of two first commands at once, the other was faster
+            if not (path / "meta.json").exists():  # else a concurrent command has just prepared it
                 raise
-    machine.wait_for_all()  # until it is there
+    machine.wait_for_all()  # until the data is there
     data = TokenFolder(path)
     plans = plans_of(args, data, machine)
     for plan in plans:
@@ -1086,9 +1086,9 @@ def execute(args):
         if ending:
             say(f"{plan.name}: {ending} already")
     remaining = [plan for plan, ending in zip(plans, endings) if not ending]
-    if not args.resume:  # before any run starts: an old one must not pass for one that this command finished
+    if not args.resume:  # before any run starts: an old one must not look finished by this command
         old = [plan.folder for plan in remaining if plan.folder.path.exists()]
-        with ExitStack() as locks:  # all of them, before anything is lost
+        with ExitStack() as locks:  # take all locks before deleting anything
             for folder in old:
                 locks.enter_context(folder.lock())
             for folder in old:
@@ -1098,7 +1098,7 @@ def execute(args):
         return earlier
     if len(plans) == 1:
         return run(plans[0], data, machine, args.resume)
-    # Of all runs, not of those that remain: so a resumed one has as many threads as before.
+    # From all runs, not only those that remain, so that a resumed run gets as many threads as before.
     jobs = min(len(plans), args.jobs or (1 if machine.is_gpu else available_cores()))
     return sweep(remaining, jobs, args.resume) or earlier
 
