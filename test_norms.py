@@ -1,6 +1,6 @@
-"""The second reading of the paper, then the promises of the trainer.
+"""The paper's equations a second time, as tests; then what the trainer promises.
 
-    python -m pytest                # all but what the marks below ask for
+    python -m pytest                # all but kill; peers and gpu where they can run
     python -m pytest -m peers       # against transformers' models, where it is installed
     python -m pytest -m kill        # a run killed twenty times: some minutes
     python -m pytest -m gpu         # where there is one
@@ -58,15 +58,15 @@ def all_labels(rows):
         yield "+".join(part for part in parts if part) or "standard"
 
 
-FORMS = ["none", *all_labels(["branches", "placement", "parameters"])]  # each another function
-POLICIES = ["none", *all_labels(norms.GRAMMAR)]  # with each weight decay
+FORMS = ["none", *all_labels(["branches", "placement", "parameters"])]  # all variants, weight decay aside
+POLICIES = ["none", *all_labels(norms.GRAMMAR)]  # and with each weight-decay policy
 FOLDABLE = [form for form in FORMS if "dnp" not in form]
 MODELS = ["tiny", "gemma-tiny", "moe-tiny"]
 TOKENS = torch.randint(64, (3, 17), generator=torch.Generator().manual_seed(2))
 
 
 def small_model(variant, model="tiny", seed=0, stir=0.0):
-    """Two layers, 40 wide, experts 26; raw scale parameters are `stir` away from their start."""
+    """Two layers of width 40, experts of 26; normal noise times `stir` is added to raw scale parameters."""
     kind = {key: PRESETS[model][key] for key in ("gemma", "n_expert", "top_k") if key in PRESETS[model]}
     built = Transformer(Config(40, 2, 2, 48, 64, 17, NormScale.parse(variant), **kind)).init_weights(seed)
     generator = torch.Generator().manual_seed(1)
@@ -77,7 +77,7 @@ def small_model(variant, model="tiny", seed=0, stir=0.0):
 
 
 def resolved(*flags):
-    """(Settings, what differs from the preset's) of one run, for data of 64 different tokens."""
+    """(Settings, {name: value} of those not at default) of one run, for data with a vocabulary of 64."""
     args = vars(train.command_line().parse_args(flags))
     one = {name: values[0] for name, values in args.items() if isinstance(values, list)}
     return train.resolve(args | one, train.Machine("cpu"), 64)
@@ -199,10 +199,10 @@ def test_rows_of_table_1(form, expected, vectors):
     gates = small_model(form, "moe-tiny").blocks[0].ffn
     assert slots(gates.router) == expected & {"v"} and slots(gates.experts[3].up) == expected
     assert slots(gemma.q) == expected | {"norm"} and slots(gemma.v) == expected and gemma.q.norm.width == 20
-    if "dnp" in form:  # per head for Q, K and V, over all of it for the others, with a vector as long as it
+    if "dnp" in form:  # per head for Q, K and V, else over the whole output, which its vector always spans
         assert attention.q.norm.width == 20 and attention.q.norm.u().numel() == 40
         assert gates.experts[3].up.norm.width == gates.experts[3].up.norm.u().numel() == 26
-    if form != "none":  # Gemma's Q/K-norm has one vector for all heads, but is that of dnp where there is one
+    if form != "none":  # Gemma's Q/K-norm has one vector for all heads; with dnp, dnp's Norm replaces it
         assert gemma.q.norm.u().numel() == (40 if "dnp" in form else 20)
 
 
@@ -613,7 +613,7 @@ def test_preconditioner_of_a_scale_vector(form):
     for seed in range(20):
         vector = ScaleVector(5, "Input-Norm", form).double()
         for i, p in enumerate(vector.parameters()):
-            p.data = (1 + seed / 5) * draw(*p.shape, seed=10 * seed + i)  # alphas of any length
+            p.data = (1 + seed / 5) * draw(*p.shape, seed=10 * seed + i)  # alphas of different norms
         J = jacobian(vector(), vector.parameters())
         torch.testing.assert_close(J @ J.T, P_of(vector), rtol=1e-10, atol=1e-10)
 
@@ -778,7 +778,7 @@ def state_for_a_peer(model):
 
 @pytest.fixture(params=["as they ship", "in float64"])
 def precision(request, monkeypatch):
-    """The tolerance; in float64 their float32 islands, RoPE and the statistics of norms, are lifted too."""
+    """The tolerance; in float64, what they keep in float32 (RoPE, the statistics of norms) is float64 too."""
     if request.param == "as they ship":
         return 2e-5
     for name in ("float32", "float"):
@@ -871,7 +871,7 @@ BOOK = "\n\n".join(PARAGRAPHS)
 
 
 def prepared(tmp_path, text, *flags):
-    """The folder made from text, with 300 tokens where the text has as many."""
+    """The folder made from text, with a vocabulary of 300 if the text yields that many."""
     (tmp_path / "book.txt").write_bytes(text.encode())
     paths = [f"--out-dir={tmp_path / 'data'}", "--input", str(tmp_path / "book.txt")]
     prepare_data.main(["--vocab-size=300", *paths, *flags])
@@ -1070,15 +1070,15 @@ SMALL = [*SMALL.split(), "--eval-tokens=500"]
 
 @pytest.fixture
 def command(data_folder, tmp_path, monkeypatch):
-    """The words that train a run of a second, in a folder of its own."""
+    """The command line of a one-second training run, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     return [sys.executable, str(HERE / "train.py"), *SMALL, f"--data={data_folder}"]
 
 
 @pytest.fixture
 def small(command, monkeypatch):
-    """The same in this process, with further flags: the exit code."""
-    monkeypatch.setenv("RANK", "1")  # strays, which say nothing without torchrun
+    """A function that does the same in this process, with further flags, and returns the exit code."""
+    monkeypatch.setenv("RANK", "1")  # leftovers, which mean nothing without torchrun
     monkeypatch.setenv("WORLD_SIZE", "2")
     return lambda *flags: train.main([*command[2:], *flags])
 
@@ -1218,7 +1218,7 @@ def test_load_decodes_whatever_the_model_can_give_and_refuses_other_data(small):
         train.load(folder)
     assert not Path("executed").exists()
     data = TokenFolder(config_of(folder)["data"])
-    beyond = data.vocab_size + 5  # as of a preset of 50,304 on this text
+    beyond = data.vocab_size + 5  # as with a preset's vocabulary of 50,304 on this text
     tokenizer = data.encoding(data.vocab_size + 9)
     ids = tokenizer.encode("Fellow citizens")
     assert tokenizer.decode([beyond, *ids]) == f"\ufffd{beyond}Fellow citizens"
@@ -1349,7 +1349,7 @@ raise SystemExit(0 if len(signals) == 2 and signals[1] - signals[0] > 1 else 9)
 
 
 def test_each_ctrl_c_reaches_every_run_of_a_sweep_once(small, monkeypatch):
-    """The first comes while the second run is being started, the other two seconds later."""
+    """The first comes while the second run is being started; two seconds later, the second."""
     popen, runs = subprocess.Popen, []
 
     def stubborn(words, **how):
@@ -1463,7 +1463,7 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkey
         told_in_one_line(lambda: small("--overwrite"), "another process")
     assert small("--overwrite") == 0  # and no lock is left behind
     older = config_of(only_run())
-    del older["grad_clip"]  # a setting that was declared after this run had its default
+    del older["grad_clip"]  # a setting added since; this older run counts as having its default
     with_text("config.json", json.dumps(older))(only_run())
     assert small("--resume", "--checkpoint-every=3", "--micro-batch-size=2") == 0
     assert "done already" in capsys.readouterr().out
@@ -1526,8 +1526,8 @@ def test_folder_names():
 
 
 def test_two_processes_give_the_losses_of_one(small, command):
-    flags = ["--model=moe-tiny", "--norm-scale=unified", "--eval-tokens=16"]  # one window for two
-    flags += ["--batch-size=5", "--micro-batch-size=2"]  # three sequences and two
+    flags = ["--model=moe-tiny", "--norm-scale=unified", "--eval-tokens=16"]  # one window for two processes
+    flags += ["--batch-size=5", "--micro-batch-size=2"]  # three sequences for one, two for the other
     small("--out-dir=one", *flags)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
     subprocess.run([sys.executable, *torchrun, *command[1:], *flags], check=True, timeout=300)

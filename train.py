@@ -986,13 +986,14 @@ def check(s, data, machine):
     an_entry = 12 if s.optimizer == "muon" else 16
     need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
     have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
+    vocabulary = f"the vocabulary of the data is {data.vocab_size:,}, that of {s.model} {s.vocab_size:,}"
     no_compiler = "torch.compile needs a C++ compiler, and on a GPU Triton"
     for wrong, message in [
         (s.batch_size < machine.processes, f"--batch-size: fewer than the {machine.processes} processes"),
         (s.dtype == "bfloat16" and not machine.has_bfloat16, "--dtype: bfloat16 needs a GPU that has it"),
         (s.compile == "on" and s.n_expert, "--compile: the loop over experts cannot be compiled"),
         (s.compile == "on" and not machine.can_compile(), f"--compile: {no_compiler}"),
-        (s.vocab_size < data.vocab_size, f"{data.vocab_size:,} tokens in the data, {s.vocab_size:,} in {s.model}"),
+        (s.vocab_size < data.vocab_size, vocabulary),
         (shortest <= s.seq_len, f"{data.folder} has a part of {shortest:,} tokens, too few for --seq-len"),
         (need > machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {have}"),
     ]:
