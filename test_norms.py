@@ -957,7 +957,6 @@ def test_blocks_do_not_change_the_tokens(tmp_path, monkeypatch, tokenizer):
 @pytest.mark.parametrize(
     "text",
     [
-        "CRLF\r\nCRLF\r\n\r\n" * 50,
         "emoji \U0001f469\u200d\U0001f680, line\u2028paragraph\u2029 " * 50,
         "one line without end, " * 130_000,
         " " * 1_500_000 + "a",
@@ -966,7 +965,7 @@ def test_blocks_do_not_change_the_tokens(tmp_path, monkeypatch, tokenizer):
     ids=lambda text: ascii(text[:9]),
 )
 def test_kinds_of_text(tmp_path, text):
-    assert "".join(decoded(prepared(tmp_path, text))) == text.replace("\r\n", "\n")
+    assert "".join(decoded(prepared(tmp_path, text))) == text
 
 
 def test_a_failure_halfway_leaves_everything_as_it_was(tmp_path, monkeypatch, told_in_one_line):
@@ -1047,7 +1046,6 @@ def test_fineweb(tmp_path, server, told_in_one_line):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (shutil.rmtree, "meta.json"),
         (lambda folder: os.truncate(folder / "train.bin", 1000), "train.bin has another sha256"),
         (with_json("meta.json", tokenizer="words"), "tokenizer"),
         (with_json("meta.json", vocab_size=299), "IndexError"),
@@ -1459,8 +1457,9 @@ def test_the_first_command_prepares_the_built_in_text(tmp_path, monkeypatch):
 def test_an_existing_run_is_neither_overwritten_nor_shared(small, capsys, monkeypatch, told_in_one_line):
     small()
     told_in_one_line(small, "--resume", "--overwrite")
+    with_json("config.json", status="running")(only_run())
     with train.RunFolder(only_run(), train.Machine("cpu")).lock():
-        told_in_one_line(lambda: small("--overwrite"), "another process")
+        told_in_one_line(lambda: small("--resume"), "another process")
     assert small("--overwrite") == 0  # and no lock is left behind
     older = config_of(only_run())
     del older["grad_clip"]  # a setting added since; this older run counts as having its default
@@ -1553,7 +1552,6 @@ def test_two_processes_give_the_losses_of_one(small, command):
         ("train.py", "--norm-scale=hg+none", "'none' stands alone, not as a part of 'hg+none'; the grammar"),
         ("train.py", "--norm-scale=ap+unified", "'dnp' in 'ap+unified' meets 'ap': at most one part"),
         ("train.py", "--dtype=bfloat16 --device=cpu", "bfloat16 needs a GPU"),
-        ("train.py", "--n-head=3", "16 does not split into 3 heads of even width"),
         ("train.py", "--n-head=3 --dry-run", "16 does not split into 3 heads of even width"),
         ("train.py", "--model=moe-tiny --compile=on", "--compile: the loop over experts"),
         ("train.py", "--d-model=65536 --n-layer=1000", "GiB or more"),
@@ -1856,7 +1854,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
         (with_text("metrics.csv", "step,tokens,val_loss\n0,0\n"), "", "run0: TypeError: "),
         (with_text("scales.csv", "step,kind\n0,scale\n"), "--kind=weights", "run0: KeyError: 'name'"),
         (lambda folder: (folder / "metrics.csv").unlink(), "", "no run with an evaluation"),
-        (lambda folder: write_run(folder.parent), "", "have the same settings and seed"),
+        (write_beside, "", "have the same settings and seed"),
         *[
             (partial(write_beside, d_ff=9, **{name: other}), "--kind=scaling", f"the same {name}:")
             for name, other in {
