@@ -2,9 +2,13 @@
 
     h = x + Attention(Norm(x)),    out = h + FFN(Norm(h)),    logits = LM head(Norm(out))
 
+Norm has no gamma here: scale vectors belong to the Branches, the linear maps that read its output, since
+W (gamma * Norm(x)) = (W diag(gamma)) Norm(x). The modules below say which branches share a Norm; what the
+variant adds to each is in `Branch`.
+
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
 section 3. Two options give the paper's other models: Gemma's extra norms, and a mixture of experts in
-place of each FFN. No code here depends on the scale-vector variant: `Branch` takes care of that.
+place of each FFN.
 Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k per token.
 """
 
@@ -15,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from norms import Branch, NormScale, OutputNorm, ScaleVector, normalize, shared_vector
+from norms import Branch, NormScale, OutputNorm, normalize, scale_parameters, shared_vector
 
 # ---------------------------------------------------------------------------------------------------
 # The model
@@ -56,8 +60,10 @@ class Block(nn.Module):
     def forward(self, x, rotation):
         """x (B, T, d) -> the next x, and the balance loss of a mixture of experts (0 for a dense FFN)."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
-        y = self.ffn(normalize(x))
-        y, balance_loss = y if self.is_mixture else (y, x.new_zeros(()))
+        if self.is_mixture:
+            y, balance_loss = self.ffn(normalize(x))
+        else:
+            y, balance_loss = self.ffn(normalize(x)), x.new_zeros(())
         return x + self.ffn_out(y), balance_loss
 
 
@@ -85,8 +91,9 @@ class Transformer(nn.Module):
         onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
         onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
         generator = torch.Generator().manual_seed(seed)
+        scales = scale_parameters(self)
         for p in self.parameters():
-            if p.ndim == 2:
+            if p not in scales:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in onto_the_stream else 0.02
                 p.normal_(std=std, generator=generator)
         return self
@@ -218,9 +225,9 @@ class MixtureOfExperts(nn.Module):
         tokens = n.flatten(0, 1)  # (B T, d)
         chosen, p_chosen = expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)  # (B T, k)
         for i, ffn in enumerate(self.experts):
-            row, rank = (chosen == i).nonzero(as_tuple=True)  # chosen[row[j], rank[j]] is i
+            row, slot = (chosen == i).nonzero(as_tuple=True)  # chosen[row[j], slot[j]] is i
             # An expert that gets no tokens still runs, on zero rows: its gradients are zeros, not None.
-            p_i = p_chosen[row, rank, None]
+            p_i = p_chosen[row, slot, None]
             y = y.index_add(0, row, p_i * ffn(tokens[row]))  # y[row[j]] += p_i[j] FFN_i(tokens[row[j]])
         return y.view_as(n), balance_loss
 
@@ -296,12 +303,12 @@ def count(config):
     for ffn in (m for m in model.modules() if isinstance(m, MixtureOfExperts)):
         idle |= set(ffn.experts[ffn.top_k :].parameters()) - set(ffn.router.parameters())
     active = set(model.parameters()) - idle
-    vectors = [p for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()]
-    multiplied = sum(p.numel() for p in active if p.ndim == 2) - model.embedding.numel()
+    scales = scale_parameters(model)
+    multiplied = sum(p.numel() for p in active - set(scales)) - model.embedding.numel()
     return Counts(
         parameters=sum(p.numel() for p in model.parameters()),
         activated_parameters=sum(p.numel() for p in active),
-        scale_parameters=sum(p.numel() for p in vectors),
+        scale_parameters=sum(p.numel() for p in scales),
         flops_per_token=6 * multiplied + 6 * config.n_layer * config.seq_len * config.d_model,
     )
 
@@ -312,7 +319,7 @@ def llama_state_dict(model):
     Raises ValueError if the model still has a scale vector, experts, or Gemma's norms.
     """
     config = model.config
-    if config.n_expert or config.gemma or any(p.ndim == 1 for p in model.parameters()):
+    if config.n_expert or config.gemma or scale_parameters(model):
         raise ValueError("a stock Llama is dense and has no scale vectors: fold(model) first, and no dnp")
     ones = torch.ones_like(model.embedding[0])
 

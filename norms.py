@@ -11,10 +11,10 @@ The design space (its Table 1). W_c is one of the linear branches c that one Nor
 
     none        W_c Norm(x)                                no scale vector anywhere
     standard    W_c (gamma * Norm(x))                      one gamma for all branches of the Norm
-    hg          W_c (gamma_c * Norm(x))                    one gamma per branch
-    ap          gamma_a * (W_c Norm(x))                    output side only
-    dp          gamma_a * (W_c (gamma_b * Norm(x)))        both sides
-    dnp         gamma_a * Norm(W_c (gamma_b * Norm(x)))    both sides, with a Norm in between
+    hg          W_c (gamma_c * Norm(x))                    heterogeneous: one gamma per branch
+    ap          gamma_a * (W_c Norm(x))                    after placement: output side only
+    dp          gamma_a * (W_c (gamma_b * Norm(x)))        dual placement: both sides
+    dnp         gamma_a * Norm(W_c (gamma_b * Norm(x)))    dual normalised: a Norm in between
     or          gamma = beta * Norm(alpha)                 any scale vector above, reparameterised
     er          gamma = exp(beta) * exp(alpha - mean(alpha))
 
@@ -132,7 +132,7 @@ class ScaleVector(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self):
-        return self.gamma_of(*self.parameters())  # in the order of FORMS
+        return self.gamma_of(**dict(self.named_parameters()))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -223,16 +223,19 @@ def fold(model):
     return model
 
 
+def scale_parameters(model):
+    """{raw parameter: its role} of all scale vectors in a model."""
+    vectors = [module for module in model.modules() if isinstance(module, ScaleVector)]
+    return {p: vector.role for vector in vectors for p in vector.parameters()}
+
+
 def decay_groups(model, variant, weight_decay):
     """The optimiser's param_groups [{"name", "params", "weight_decay"}, ...], each parameter in exactly one.
 
     Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Decay acts on
     the raw parameters: under OR, decay of beta pulls gamma to 0; under ER, decay of both pulls it to 1.
     """
-    role_of = {}
-    for module in model.modules():
-        if isinstance(module, ScaleVector):
-            role_of |= dict.fromkeys(module.parameters(), module.role)
+    role_of = scale_parameters(model)
     groups = []
     for role in (None, "Input-Norm", "Output-Norm"):  # None: in no scale vector
         params = [p for p in model.parameters() if role_of.get(p) == role]
@@ -282,12 +285,15 @@ class Norm(torch.autograd.Function):
 
 GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it sets, a description)}
     "branches": {
-        "hg": ({"v_per_branch": True}, "one gamma_b per branch"),
+        "hg": ({"v_per_branch": True}, "heterogeneous: one gamma_b per branch"),
     },
     "placement": {
-        "ap": ({"has_v": False, "has_u": True}, "gamma_a * (W Norm(x)): output side only; the same with hg"),
-        "dp": ({"has_u": True}, "gamma_a * (W (gamma_b * Norm(x))): both sides"),
-        "dnp": ({"has_u": True, "norm_behind": True}, "gamma_a * Norm(W (gamma_b * Norm(x))): and a Norm"),
+        "ap": ({"has_v": False, "has_u": True}, "after placement: gamma_a * (W Norm(x)), with hg or without"),
+        "dp": ({"has_u": True}, "dual placement: gamma_a * (W (gamma_b * Norm(x)))"),
+        "dnp": (
+            {"has_u": True, "norm_behind": True},
+            "dual normalised: gamma_a * Norm(W (gamma_b * Norm(x)))",
+        ),
     },
     "parameters": {
         "or": ({"form": "or"}, "gamma = beta * Norm(alpha)"),

@@ -418,6 +418,20 @@ def test_variants_of_one_seed_start_from_the_same_matrices():
         assert p.std().item() == pytest.approx(0.01 if onto_the_stream else 0.02, rel=0.15)
 
 
+def test_raw_parameters_may_have_two_axes(monkeypatch):
+    two = (lambda d: {"alpha": torch.zeros(2, d)}, lambda alpha: 1 + alpha.sum(0))
+    monkeypatch.setitem(norms.FORMS, "er", two)
+    built, plain = small_model("dp+er"), small_model("none")
+    assert all((m() == 1).all() for m in built.modules() if isinstance(m, ScaleVector))
+    assert torch.equal(built.head.W, plain.head.W)  # no random number was drawn for them
+    ours, theirs = count(built.config), count(plain.config)
+    assert ours.scale_parameters == ours.parameters - theirs.parameters > 0
+    assert ours.flops_per_token == theirs.flops_per_token
+    with pytest.raises(ValueError, match="no scale vectors"):
+        llama_state_dict(built)
+    assert llama_state_dict(fold(built)).keys() == llama_state_dict(plain).keys()
+
+
 # ---------------------------------------------------------------------------------------------------
 # Optimisers, schedules, presets
 

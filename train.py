@@ -487,7 +487,7 @@ def default_micro_batch(s):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that one run depends on.
+    """Everything that can be set for one run.
 
     A field is a flag and a key of config.json. Where it differs from the default it is also part of the
     folder's name and of the command that reproduces the run. --resume checks it.
