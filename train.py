@@ -353,7 +353,7 @@ class RunFolder:
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        file = io.BytesIO()
+        file = io.BytesIO()  # on a full disk torch.save would raise an error that does not say so
         torch.save(contents, file)
         self.write("checkpoint.pt", file.getbuffer())
 
