@@ -259,7 +259,8 @@ def prepare(
         (vocab_size is not None and gpt2, "--vocab-size is for --tokenizer=bpe"),
         (vocab_size is not None and not 256 <= vocab_size <= 65_536, "--vocab-size must be 256 to 65536"),
         (not re.fullmatch(r"(?!downloads$)\w([\w .+-]*\w)?", name), f"{name!r} cannot be --name: see --help"),
-        (folder.exists() and not (finished and overwrite), f"{folder} exists; see --overwrite"),
+        (folder.exists() and not finished, f"{folder} exists and holds no prepared data: move it away"),
+        (finished and not overwrite, f"{folder} exists; --overwrite replaces it"),
     ]:
         if wrong:
             raise UserError(message)

@@ -502,7 +502,7 @@ class Settings:
     batch_size: int = setting(number(int, 1), "sequences per step, over all processes", preset("batch_size"))
     seq_len: int = setting(number(int, 1), "tokens per sequence", preset("seq_len"))
     steps: int = setting(number(int, 1), "optimiser steps", preset("steps"))
-    d_model: int = setting(number(int, 2), "width", preset("d_model"))
+    d_model: int = setting(number(int, 2, 10**6), "width", preset("d_model"))
     n_layer: int = setting(number(int, 1, 1024), "layers", preset("n_layer"))
     n_head: int = setting(number(int, 1, 1024), "attention heads", preset("n_head"))
     d_ff: int = setting(width, "hidden width, or +n for n more", lambda s: paper_d_ff(s.d_model))
