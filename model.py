@@ -2,9 +2,9 @@
 
     h = x + Attention(Norm(x)),    out = h + FFN(Norm(h)),    logits = LM head(Norm(out))
 
-Norm has no gamma here: scale vectors belong to the Branches, the linear maps that read its output, since
-W (gamma * Norm(x)) = (W diag(gamma)) Norm(x). The modules below say which branches share a Norm; what the
-variant adds to each is in `Branch`.
+These Norms have no gamma: scale vectors belong to the Branches, the linear maps that read a Norm, since
+W (gamma * Norm(x)) = (W diag(gamma)) Norm(x). Only Gemma's Norms on the outputs of attention and FFN have
+their own. The modules below say which branches share a Norm; what a variant adds to each is in `Branch`.
 
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
 section 3. Two options give the paper's other models: Gemma's extra norms, and a mixture of experts in
@@ -53,7 +53,7 @@ class Block(nn.Module):
             self.ffn = MixtureOfExperts(config)
         else:
             self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
-        # Gemma normalises the output of both before adding it to the stream.
+        # Gemma normalises the outputs of both before adding them to the stream.
         self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
@@ -292,7 +292,7 @@ class Counts:
 
 
 def count(config):
-    """The exact Counts of a model, from a copy on the meta device: nothing is allocated.
+    """The exact Counts of a model, from one built on the meta device: nothing is allocated.
 
     A token costs 6 FLOPs for each activated entry of every matrix except the embedding (2 forward, 4
     backward), plus 6 T d per layer for causal attention, half of the T x T square.

@@ -1,7 +1,7 @@
 """Scale vectors: the idea of "Negligible in Size, Significant in Effect" (arXiv 2605.26895) as code.
 
-A Pre-Norm Transformer normalises the inputs of its linear maps and multiplies them by a *scale vector*
-gamma (the paper's section 2):
+A Pre-Norm Transformer normalises the inputs of its linear maps (all but W_o and W_down) and multiplies
+them by a *scale vector* gamma (the paper's section 2):
 
     Norm(x)           = sqrt(d) * x / ||x||          x in R^d; the result has RMS 1
     RMSNorm(x; gamma) = gamma * Norm(x)              gamma in R^d, 1 at the start
@@ -80,7 +80,7 @@ class NormScale:
     has_v: bool = True  # gamma_b, between the Norm and W
     v_per_branch: bool = False  # hg: one gamma_b per branch, rather than one per Norm
     has_u: bool = False  # gamma_a, after W, always one per branch
-    norm_behind: bool = False  # dnp: a Norm between W and gamma_a
+    norm_after: bool = False  # dnp: a Norm between W and gamma_a
     form: str = "direct"  # a key of FORMS
     decayed: tuple = ("Input-Norm", "Output-Norm")  # roles whose vectors decay
 
@@ -102,7 +102,7 @@ class NormScale:
 # ---------------------------------------------------------------------------------------------------
 # Scale vectors
 
-FORMS = {  # parameterisation of a scale vector -> (its initial raw parameters, gamma as a function of them)
+FORMS = {  # parameterisation of a scale vector -> (its initial raw parameters, gamma from them, by name)
     "direct": (lambda d: {"gamma": torch.ones(d)}, lambda gamma: gamma),
     # No epsilon in OR: the conservation laws of Theorem 3.2 hold only for the exact Norm.
     "or": (
@@ -160,7 +160,7 @@ class Branch(nn.Module):
         self.v = self.u = self.norm = None
         if variant.has_v:  # standard, hg, dp, dnp
             self.v = shared or ScaleVector(d_in, "Input-Norm", variant.form)
-        if output and variant.norm_behind:  # dnp: its u is in the OutputNorm
+        if output and variant.norm_after:  # dnp: its u is in the OutputNorm
             self.norm = OutputNorm(d_out, variant, head_dim)
         elif output and variant.has_u:  # ap, dp
             self.u = ScaleVector(d_out, "Input-Norm", variant.form)
@@ -224,7 +224,7 @@ def fold(model):
 
 
 def scale_parameters(model):
-    """{raw parameter: its role} of all scale vectors in a model."""
+    """{raw parameter: the role of its scale vector}, for all scale vectors of a model."""
     vectors = [module for module in model.modules() if isinstance(module, ScaleVector)]
     return {p: vector.role for vector in vectors for p in vector.parameters()}
 
@@ -291,7 +291,7 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
         "ap": ({"has_v": False, "has_u": True}, "after placement: gamma_a * (W Norm(x)), with hg or without"),
         "dp": ({"has_u": True}, "dual placement: gamma_a * (W (gamma_b * Norm(x)))"),
         "dnp": (
-            {"has_u": True, "norm_behind": True},
+            {"has_u": True, "norm_after": True},
             "dual normalised: gamma_a * Norm(W (gamma_b * Norm(x)))",
         ),
     },
@@ -308,7 +308,7 @@ GRAMMAR = {  # row of the grammar -> {part: (the fields of NormScale that it set
 WORDS = {part: words for parts in GRAMMAR.values() for part, (_, words) in parts.items()}
 WORDS["none"] = "W Norm(x), no scale vector anywhere"
 WORDS["standard"] = "W (gamma * Norm(x)), one gamma for all branches of a Norm"
-SHORT = {"standard": (), "unified": ("hg", "dnp", "or", "iwd")}  # shorthands for several parts, or for none
+SHORT = {"standard": (), "unified": ("hg", "dnp", "or", "iwd")}  # shorthands for several parts, or no part
 GRAMMAR_IN_WORDS = "the grammar: none, standard, unified, or parts joined by +, at most one of each: "
 GRAMMAR_IN_WORDS += ", ".join("|".join(parts) for parts in GRAMMAR.values())
 
@@ -364,7 +364,7 @@ def student(norm_scale, teacher):
 def population_loss(branch, teacher):
     """1/2 ||A - W*||_F^2, with A the effective weight; teacher (d_out, d_in). ValueError for DNP."""
     if branch.norm is not None:
-        raise ValueError("with a Norm behind it a branch is no linear map, and has no effective weight")
+        raise ValueError("with a Norm after it, a branch is no linear map and has no effective weight")
     return (branch.effective_weight() - teacher).square().sum() / 2
 
 

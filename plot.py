@@ -31,7 +31,7 @@ from prepare_data import CommandLine, run_as_a_tool, use_any_terminal
 # ---------------------------------------------------------------------------------------------------
 # Reading runs
 
-# Runs that differ in a setting are separate curves; runs alike in COURSE share their batches and evaluation.
+# Runs that differ in a setting are separate curves; alike in COURSE, runs of one seed share their batches.
 SIZES = ("model", "d_model", "n_layer", "n_head", "d_ff")
 COURSE = ("optimizer", "schedule", "steps", "batch_size", "data", "vocab_size", "seq_len", "eval_tokens")
 SETTINGS = ("norm_scale", *SIZES, *COURSE, "weight_decay", "grad_clip", "warmup_steps", "dtype", "eval_every")
@@ -46,7 +46,7 @@ class Run:
     config: dict
     state: str  # done, diverged, failed or unfinished; only runs that are done count in final losses
     step: int  # the last one evaluated
-    loss: dict  # tokens seen -> validation loss in nats a token, nan where not finite
+    loss: dict  # tokens seen -> validation loss in nats per token, nan where not finite
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def left_out(runs):
     """A line for each run that counts in no final loss."""
     for run in runs:
         if run.state != "done":
-            reason = " ".join(str(run.config.get("reason") or "in no final figure").split())
+            reason = " ".join(str(run.config.get("reason") or "counts in no final loss").split())
             yield f"{run.state}: {run.folder} (step {run.step} of {run.config['steps']}): {reason}"
 
 
@@ -121,7 +121,7 @@ class Curve:
         return [other for other in curves if all(self.config[name] == other.config[name] for name in names)]
 
     def lr(self, best):
-        """The lr of lowest mean final loss, where all runs finished (best) or where the most did (else)."""
+        """The lr of lowest mean final loss, of those where all finished (best) or where most did (else)."""
 
         def order(lr):
             runs, finished = self.rates[lr], len(finals(self.rates[lr]))
@@ -216,7 +216,7 @@ class Row:
         self.base_runs = base.rates[base.lr(best)] if curve.base else {}
         self.loss = mean_final(self.runs)
         self.finished = f"{len(finals(self.runs))} of {len(self.runs)}"
-        others = {} if curve.base is curve else finals(self.base_runs)  # a baseline is compared with nothing
+        others = {} if curve.base is curve else finals(self.base_runs)  # no curve is compared with itself
         self.pairs, self.mean, self.half = paired(finals(self.runs), others)
 
     @property
@@ -311,7 +311,7 @@ def draw_losses(axis, rows, styles, relative):
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set_xlim(left=None if relative else 0.9 * min(starts))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set(xlabel="tokens", ylabel=f"{'difference' if relative else 'validation loss'}, nats a token")
+    axis.set(xlabel="tokens", ylabel=f"{'difference' if relative else 'validation loss'}, nats per token")
     return means
 
 
@@ -452,7 +452,7 @@ def scaling_picture(curves, baseline, variant):
         gain = f"{largest / needed:.2f}"
     lines.append(f"{variant} against {baseline}: {gain}x compute at equal loss ({equal:.4f})")
     axis.set(xscale="log", xlabel="compute C in FLOPs: 6 x activated parameters x tokens")
-    axis.set_ylabel("validation loss, nats a token")
+    axis.set_ylabel("validation loss, nats per token")
     axis.legend(title=f"{gain}x compute at equal loss")
     return figure, lines
 
@@ -620,7 +620,7 @@ def main(arguments=None):
     add("folders", nargs="*", metavar="FOLDER", default=["runs"], help="where runs are (default: runs)")
     add("--kind", choices=kinds, default="loss", help="which picture (default: loss)")
     add("--baseline", default="standard", help="norm scale to compare with (default: standard)")
-    add("--variant", default="unified", help="scaling: norm scale versus the baseline (default: unified)")
+    add("--variant", default="unified", help="scaling: norm scale to compare (default: unified)")
     add("--out", type=Path, help="file of the picture, .png, .pdf, .svg or .jpg (default: <kind>.png)")
     args = parser.parse_args(arguments)
     out, runs, lines = args.out or Path(f"{args.kind}.png"), [], []

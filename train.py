@@ -1,7 +1,7 @@
 """Trains one variant, or every combination of several variants, learning rates and seeds.
 
     python train.py --norm-scale=none                                 # about two minutes on a laptop
-    python train.py --norm-scale none standard unified --seed 0 1 2   # nine runs, a process each
+    python train.py --norm-scale none standard unified --seed 0 1 2   # nine runs, one process each
     python train.py --model=llama-1b --norm-scale=unified --dry-run   # describes the run, does not start it
     torchrun --standalone --nproc-per-node=2 train.py ...             # the same batch over two processes
 
@@ -251,8 +251,8 @@ class Record:
     step: int = 0  # steps done
     seconds: float = 0.0  # of training, without evaluations and checkpoints
     losses: list = dataclasses.field(default_factory=list)  # of the steps since the last evaluation
-    metrics: list = dataclasses.field(default_factory=list)  # lines of metrics.csv: {column: value}
-    scales: list = dataclasses.field(default_factory=list)  # lines of scales.csv
+    metrics: list = dataclasses.field(default_factory=list)  # rows of metrics.csv: {column: value}
+    scales: list = dataclasses.field(default_factory=list)  # rows of scales.csv
 
     def tokens_per_second(self, settings):
         """Since the last evaluation."""
@@ -487,7 +487,7 @@ def default_micro_batch(s):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that can be set for one run.
+    """Everything that makes one run: what can be set, and what the preset and the data say.
 
     A field is a flag and a key of config.json. Where it differs from the default it is also part of the
     folder's name and of the command that reproduces the run. --resume checks it.
@@ -515,7 +515,7 @@ class Settings:
     warmup_steps: int = setting(number(int, 0), "steps to the peak", lambda s: max(10, s.steps // 20))
     data: str = setting(os.path.normpath, "folder made by prepare_data.py", os.path.normpath("data/sotu"))
     eval_every: int = setting(number(int, 1), "steps between evaluations", preset("eval_every"))
-    eval_tokens: int = setting(number(int, 1, 10**12), "first tokens of val.bin", preset("eval_tokens"))
+    eval_tokens: int = setting(number(int, 1, 10**12), "of val.bin, from its start", preset("eval_tokens"))
     dtype: str = setting(["auto", "float32", "bfloat16"], "of matrix products", default_dtype)
     device: str = setting(["auto", "cpu", "cuda", "mps"], "GPU or not", lambda s: s.machine.best, detail=True)
     compile: str = setting(["auto", "on", "off"], "torch.compile", default_compile, detail=True)
@@ -538,7 +538,7 @@ def resolve(given, machine, data_vocab_size=2048, val_tokens=math.inf):
         value = given.get(name)
         if name == "steps" and given.get("tokens"):
             value = math.ceil(given["tokens"] / (s.batch_size * s.seq_len))
-        elif name == "d_ff" and isinstance(value, str):  # +n: n more than the preset's
+        elif name == "d_ff" and isinstance(value, str):  # +n: n more than the default
             value = default + int(value)
         elif value is None or value == "auto":
             value = default
@@ -809,7 +809,7 @@ def summary(record, settings, data, folder):
     val_loss = record.metrics[-1]["val_loss"]
     scored = data.val[1 : settings.eval_tokens + 1]
     bits = val_loss * len(scored) / math.log(2) / data.token_bytes[scored].sum()
-    loss = f"val loss {val_loss:.4f} nats a token, {bits:.3f} bits a byte"
+    loss = f"val loss {val_loss:.4f} nats per token, {bits:.3f} bits per byte"
     seconds = f"{record.seconds:,.0f} s of training"
     return f"\na text from this model: {text!r}\nrecord: {folder.path}\n{loss}, {seconds}"
 
@@ -832,7 +832,7 @@ def describe(settings):
             what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} of {size:,} entries"
             lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
     lines.append(
-        f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {each:.1f} a parameter"
+        f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {each:.1f} per parameter"
     )
     rate = f"{s.schedule}, lr {s.lr:g} after {s.warmup_steps:,} steps"
     lines.append(f"{s.optimizer}, {rate}; seed {s.seed}; {s.device}, {s.dtype}")
@@ -991,7 +991,7 @@ def check(s, data, machine):
     for wrong, message in [
         (s.batch_size < machine.processes, f"--batch-size: fewer than the {machine.processes} processes"),
         (s.dtype == "bfloat16" and not machine.has_bfloat16, "--dtype: bfloat16 needs a GPU that has it"),
-        (s.compile == "on" and s.n_expert, "--compile: the loop over experts cannot be compiled"),
+        (s.compile == "on" and s.n_expert, "--compile: the loop over experts is not compiled"),
         (s.compile == "on" and not machine.can_compile(), f"--compile: {no_compiler}"),
         (s.vocab_size < data.vocab_size, vocabulary),
         (shortest <= s.seq_len, f"{data.folder} has a part of {shortest:,} tokens, too few for --seq-len"),
@@ -1002,7 +1002,7 @@ def check(s, data, machine):
 
 
 def finished_status(plan, data, args):
-    """done or diverged if the run is over, else None. Raises UserError if its folder holds another run."""
+    """done or diverged if the run is over, else None. Raises UserError if its folder must not be touched."""
     if args.overwrite:
         return None
     path, config = plan.folder.path, read_config(plan.folder.path)
@@ -1052,7 +1052,7 @@ def plans_of(args, data, machine):
 
 
 def execute(args):
-    """Carries out the command. Returns the exit code; raises UserError before any run starts."""
+    """Carries out the command; returns the exit code. Wrong settings raise UserError before a run starts."""
     machine = Machine(args.device or "auto")
     if machine.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # only the first process prints
@@ -1067,7 +1067,7 @@ def execute(args):
         say(f"preparing the built-in text in {path}")
         try:
             prepare_data.prepare("sotu", out_dir=path.parent)
-        except OSError:
+        except (OSError, UserError):
             if not (path / "meta.json").exists():  # else a concurrent command has just prepared it
                 raise
     machine.wait_for_all()  # until the data is there
@@ -1087,7 +1087,7 @@ def execute(args):
         if ending:
             say(f"{plan.name}: {ending} already")
     remaining = [plan for plan, ending in zip(plans, endings) if not ending]
-    if not args.resume:  # before any run starts: an old one must not look finished by this command
+    if not args.resume:  # before any run starts: an old one must not pass for one that this command finished
         old = [plan.folder for plan in remaining if plan.folder.path.exists()]
         with ExitStack() as locks:  # take all locks before deleting anything
             for folder in old:
