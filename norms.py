@@ -233,7 +233,8 @@ def decay_groups(model, variant, weight_decay):
     """The optimiser's param_groups [{"name", "params", "weight_decay"}, ...], each parameter in exactly one.
 
     Matrices decay; scale vectors decay where `variant.decayed` names their role (section 2.2). Decay acts on
-    the raw parameters: under OR, decay of beta pulls gamma to 0; under ER, decay of both pulls it to 1.
+    the raw parameters: under OR, that of beta pulls gamma to 0, that of alpha changes nothing in it; under
+    ER, both pull it to 1.
     """
     role_of = scale_parameters(model)
     groups = []
@@ -372,7 +373,7 @@ def gradient_flow(module, loss, t_end, steps, noise=0.0, seed=0):
     """dp/dt = -dL/dp for all parameters p of the module, by the classical 4th-order Runge-Kutta method.
 
     loss(module) is a scalar. A generator: it yields t = 0, dt, ..., t_end with the module in its state at t.
-    With noise q it is dp = -dL/dp dt + sqrt(q) dB, a Brownian motion for each parameter. Half of a step's
+    With noise it is dp = -dL/dp dt + sqrt(noise) dB, a Brownian motion for each parameter. Half of a step's
     noise is added before the drift and half after it, which gives weak order 2.
     """
     parameters = list(module.parameters())

@@ -1,6 +1,6 @@
 """Trains one variant, or every combination of several variants, learning rates and seeds.
 
-    python train.py --norm-scale=none                                 # about two minutes on a laptop
+    python train.py --norm-scale=none                                 # some minutes on a laptop
     python train.py --norm-scale none standard unified --seed 0 1 2   # nine runs, one process each
     python train.py --model=llama-1b --norm-scale=unified --dry-run   # describes the run, does not start it
     torchrun --standalone --nproc-per-node=2 train.py ...             # the same batch over two processes
@@ -103,7 +103,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizers(model, settings):
-    """Two: the --optimizer for the matrices inside the blocks, and AdamW for all other parameters."""
+    """Two, at one learning rate: --optimizer for matrices inside the blocks, AdamW for all other weights."""
     matrices, *vectors = decay_groups(model, model.config.norm_scale, settings.weight_decay)
     in_blocks = set(model.blocks.parameters())
     inside = [p for p in matrices["params"] if p in in_blocks]
