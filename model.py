@@ -86,7 +86,8 @@ class Transformer(nn.Module):
         """Matrices ~ N(0, std^2): std 0.02, or 0.02 / sqrt(2 layers) where they write to the residual stream.
 
         Scale vectors start at 1 and use no random numbers: with the same seed every variant starts from the
-        same matrices, drawn in the order of parameters(). Returns the model.
+        same matrices, drawn in the order of parameters(). (A variant with matrices of its own should draw
+        them last.) Returns the model.
         """
         onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
         onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
@@ -216,19 +217,18 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, n):
         p = self.router(n).softmax(-1, dtype=torch.float32)  # (B, T, E)
-        weight, expert = p.topk(self.top_k, dim=-1)  # (B, T, k)
+        expert = p.topk(self.top_k, dim=-1).indices  # (B, T, k)
         visits = F.one_hot(expert, self.n_expert).sum(2)  # (B, T, E): 1 where the token goes to the expert
         load = visits.float().mean(1) / self.top_k  # (B, E)
         balance_loss = self.n_expert * (load * p.mean(1)).sum(-1).mean()
 
         y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
         tokens = n.flatten(0, 1)  # (B T, d)
-        chosen, p_chosen = expert.flatten(0, 1), weight.flatten(0, 1).to(y.dtype)  # (B T, k)
+        p, visits = p.flatten(0, 1).to(y.dtype), visits.flatten(0, 1)  # (B T, E)
         for i, ffn in enumerate(self.experts):
-            row, slot = (chosen == i).nonzero(as_tuple=True)  # chosen[row[j], slot[j]] is i
+            rows = visits[:, i].nonzero().squeeze(1)  # of the tokens that go to expert i
             # An expert that gets no tokens still runs, on zero rows: its gradients are zeros, not None.
-            p_i = p_chosen[row, slot, None]
-            y = y.index_add(0, row, p_i * ffn(tokens[row]))  # y[row[j]] += p_i[j] FFN_i(tokens[row[j]])
+            y = y.index_add(0, rows, p[rows, i, None] * ffn(tokens[rows]))  # y[rows] += p_i FFN_i
         return y.view_as(n), balance_loss
 
 
@@ -282,8 +282,7 @@ def paper_d_ff(d_model):
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters: all, those activated for a token, and those in scale vectors; and the
-    floating-point operations of training per token."""
+    """Parameter counts (all, active for a token, in scale vectors), and training FLOPs per token."""
 
     parameters: int
     activated_parameters: int

@@ -202,11 +202,9 @@ class OutputNorm(nn.Module):
         self.u = ScaleVector(dim, "Output-Norm", variant.form) if variant.has_vectors else None
 
     def forward(self, y):
-        heads = y.unflatten(-1, (-1, self.width))  # (..., heads, width)
-        if self.u is None:
-            return normalize(heads).flatten(-2)
-        u = self.u().unflatten(0, (-1, self.width))  # (heads, width), or (1, width): one for all heads
-        return normalize(heads, u).flatten(-2)
+        groups = y.unflatten(-1, (-1, self.width))  # (..., groups, width): for instance heads
+        u = None if self.u is None else self.u().unflatten(0, (-1, self.width))  # one row: for all groups
+        return normalize(groups, u).flatten(-2)
 
 
 @torch.no_grad()
@@ -333,7 +331,7 @@ def parse_parts(text):
             meant = difflib.get_close_matches(part, [*WORDS, *SHORT], n=1, cutoff=0)[0]
             raise mistake(f"unknown part {part!r} in {text!r}, did you mean {meant!r}?")
         if row in chosen:
-            raise mistake(f"{part!r} in {text!r} meets {chosen[row]!r}: at most one part for {row};")
+            raise mistake(f"{text!r} has {chosen[row]!r} and {part!r}: choose one for {row};")
         chosen[row] = part
         fields |= GRAMMAR[row][part][0]
     parts = tuple(chosen[row] for row in GRAMMAR if row in chosen)

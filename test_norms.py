@@ -1223,7 +1223,7 @@ def test_load_decodes_whatever_the_model_can_give_and_refuses_other_data(small):
     small()
     folder = only_run()
     with_json("config.json", data_sha256={})(folder)
-    with pytest.raises(train.UserError, match="is of other data"):
+    with pytest.raises(train.UserError, match="has changed since"):
         train.load(folder)
     torch.save(Payload(), folder / "checkpoint.pt")
     with pytest.raises(pickle.UnpicklingError):
@@ -1506,7 +1506,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--model=llama-1b", "--norm-scale", "standard", "unified"]) == 0
     out = capsys.readouterr().out
-    for words in "1,028,065,024 parameters", "222 of 378,919 entries, weight decay 0\n", "80,640 of them in":
+    for words in "1,028,065,024 parameters", "378,919 in 222 tensors, weight decay 0\n", "80,640 of them in":
         assert words in out
     assert not list(tmp_path.iterdir())
 
@@ -1565,11 +1565,11 @@ def test_two_processes_give_the_losses_of_one(small, command):
         ("train.py", "--norm-scale none hg+hgg", "'hgg' in 'hg+hgg', did you mean 'hg'? the grammar: none"),
         ("train.py", "--norm-scale=xyz", "unknown part 'xyz' in 'xyz', did you mean"),
         ("train.py", "--norm-scale=hg+none", "'none' stands alone, not as a part of 'hg+none'; the grammar"),
-        ("train.py", "--norm-scale=ap+unified", "'dnp' in 'ap+unified' meets 'ap': at most one part"),
+        ("train.py", "--norm-scale=ap+unified", "'ap+unified' has 'ap' and 'dnp': choose one for placement"),
         ("train.py", "--dtype=bfloat16 --device=cpu", "bfloat16 needs a GPU"),
         ("train.py", "--n-head=3 --dry-run", "16 does not split into 3 heads of even width"),
         ("train.py", "--model=moe-tiny --compile=on", "--compile: the loop over experts"),
-        ("train.py", "--d-model=65536 --n-layer=1000", "GiB or more"),
+        ("train.py", "--d-model=65536 --n-layer=1000", "this needs at least"),
         ("train.py", "--seq-len=100000", "too few for --seq-len"),
         ("train.py", "--d-model=1000001", "--d-model: '1000001' is not a whole number from 2 to 1,000,000"),
         ("train.py", "--data=nowhere", "nowhere is not a folder made by prepare_data.py"),
@@ -1630,7 +1630,7 @@ class Payload:
     "spoil, words",
     [
         (with_json("config.json", lr="other"), "lr is other"),
-        (with_json("config.json", data_sha256="other"), "other data"),
+        (with_json("config.json", data_sha256="other"), "has changed since"),
         (with_text("config.json", "[1]"), "config.json"),
         (lambda folder: os.truncate(folder / "checkpoint.pt", 3000), "not a checkpoint of this run"),
         (lambda folder: torch.save(Payload(), folder / "checkpoint.pt"), "not a checkpoint of this run"),

@@ -205,7 +205,7 @@ def train(settings, data, machine, folder):
             record.scales += scale_rows(model, record.step)
             folder.write_tables(record)
             require_finite(settings, record.step, validation_loss=val_loss)
-        stopping = machine.sum(STOP.signum) > 0  # Ctrl-C in one process stops all
+        stopping = machine.sum(STOP.signum) > 0  # Ctrl-C in one process (see Stop) stops all
         if last or stopping or (settings.checkpoint_every and record.step % settings.checkpoint_every == 0):
             folder.save(settings, model, optimizers, record)
         yield record
@@ -410,7 +410,7 @@ def load(folder):
     model.load_state_dict(saved["model"])
     data = TokenFolder(settings.data)
     if data.sha256 != read_config(folder).get("data_sha256"):
-        raise UserError(f"{folder} is of other data than {settings.data} holds now")
+        raise UserError(f"{folder}: the data in {settings.data} has changed since")
     return model, data.encoding(settings.vocab_size)
 
 
@@ -487,7 +487,7 @@ def default_micro_batch(s):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that makes one run: what can be set, and what the preset and the data say.
+    """All settings of one run, whether they come from flags, the preset or the data.
 
     A field is a flag and a key of config.json. Where it differs from the default it is also part of the
     folder's name and of the command that reproduces the run. --resume checks it.
@@ -625,10 +625,9 @@ class Machine:
         self.rank = int(os.environ["RANK"]) if under_torchrun else 0
         self.processes = int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
         on_this_machine = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1
-        devices = {"cpu": on_this_machine, "cuda": 0, "mps": int(torch.backends.mps.is_available())}
-        if torch.cuda.is_available():
-            devices["cuda"] = torch.cuda.device_count()
-        self.best = "cuda" if devices["cuda"] else "cpu"
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = {"cpu": math.inf, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
+        self.best = "cuda" if gpus else "cpu"
         self.kind = self.best if kind == "auto" else kind
         if devices[self.kind] < on_this_machine:
             found = f"torch finds {devices[self.kind]} {self.kind} devices"
@@ -829,7 +828,7 @@ def describe(settings):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             size = sum(p.numel() for p in group["params"])
-            what = f"{type(optimizer).__name__}, {group['name']}: {len(group['params'])} of {size:,} entries"
+            what = f"{type(optimizer).__name__}, {group['name']}: {size:,} in {len(group['params'])} tensors"
             lines.append(f"  {what}, weight decay {group['weight_decay']:g}")
     lines.append(
         f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens: {tokens:,}, {each:.1f} per parameter"
@@ -985,7 +984,7 @@ def check(s, data, machine):
     # gradient, all in float32.
     an_entry = 12 if s.optimizer == "muon" else 16
     need = an_entry * count(make_config(s)).parameters + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
-    have = f"the {s.device} has {machine.memory() / 2**30:,.0f}"
+    have = f"{s.device} has {machine.memory() / 2**30:,.0f}"
     vocabulary = f"the vocabulary of the data is {data.vocab_size:,}, that of {s.model} {s.vocab_size:,}"
     no_compiler = "torch.compile needs a C++ compiler, and on a GPU Triton"
     for wrong, message in [
@@ -995,7 +994,7 @@ def check(s, data, machine):
         (s.compile == "on" and not machine.can_compile(), f"--compile: {no_compiler}"),
         (s.vocab_size < data.vocab_size, vocabulary),
         (shortest <= s.seq_len, f"{data.folder} has a part of {shortest:,} tokens, too few for --seq-len"),
-        (need > machine.memory(), f"this needs {need / 2**30:,.0f} GiB or more, {have}"),
+        (need > machine.memory(), f"this needs at least {need / 2**30:,.0f} GiB; {have}"),
     ]:
         if wrong:
             raise UserError(message)
@@ -1012,13 +1011,13 @@ def finished_status(plan, data, args):
         raise UserError(f"{path} holds a run already; --resume continues it, --overwrite starts over")
     for name, field in FIELDS.items():
         here = getattr(plan.settings, name)
-        # A setting newer than that run had its default there, and does here too, as the names are equal.
+        # A run older than a setting lacks it; as the folder names match, both use its default.
         there = config.get(name, here)
         if here != there and name != "data" and not field["detail"]:
             other = f"{path} holds another run: {name} is {there} there and {here} here"
             raise UserError(f"{other}; --overwrite starts over")
     if config.get("data_sha256") != data.sha256:
-        raise UserError(f"{path} is of other data than {data.folder} holds now; choose another --out-dir")
+        raise UserError(f"{path}: the data in {data.folder} has changed since; choose another --out-dir")
     return config.get("status") if config.get("status") in ("done", "diverged") else None
 
 
@@ -1087,7 +1086,7 @@ def execute(args):
         if ending:
             say(f"{plan.name}: {ending} already")
     remaining = [plan for plan, ending in zip(plans, endings) if not ending]
-    if not args.resume:  # before any run starts: an old one must not pass for one that this command finished
+    if not args.resume:  # before any run starts: an old one must not look like a result of this command
         old = [plan.folder for plan in remaining if plan.folder.path.exists()]
         with ExitStack() as locks:  # take all locks before deleting anything
             for folder in old:
