@@ -1912,13 +1912,13 @@ def test_letters_that_the_terminal_lacks(tmp_path, script):
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(request, command):
     if "kill" not in (request.config.getoption("-m") or ""):
         pytest.skip("runs with -m kill")
-    command += ["--steps=3000", "--eval-every=9", "--eval-tokens=100", "--checkpoint-every=2", "--resume"]
+    command += ["--steps=1500", "--eval-every=9", "--eval-tokens=100", "--checkpoint-every=2", "--resume"]
     subprocess.run([*command, "--out-dir=whole"], check=True)
     rng, killed = random.Random(0), 0
     for _ in range(20):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         next((line for line in process.stdout if line.startswith("step")), None)  # the first of this sitting
-        time.sleep(rng.uniform(0, 0.6))
+        time.sleep(rng.uniform(0, 0.3))
         process.kill()
         killed += process.wait() == -signal.SIGKILL
     assert killed >= 15
