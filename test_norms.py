@@ -1324,7 +1324,7 @@ def test_a_sweep_is_a_process_a_run(small, capfd, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", killing)
-        patch.setattr(torch, "get_num_threads", lambda: 4)
+        patch.setattr(torch, "get_num_threads", lambda: 2)
         assert small("--norm-scale", "hg", "none", "ap", "standard", "--resume", "--jobs=2") == 1
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("tiny-")]
     last = {line.split("-")[1]: line for line in lines}
@@ -1332,7 +1332,7 @@ def test_a_sweep_is_a_process_a_run(small, capfd, monkeypatch):
     assert "killed by signal 9; the same command with --resume" in last["none"]
     assert "val loss" in last["standard"] and statuses() == {"hg": "done", "ap": "failed", "standard": "done"}
     (config,) = Path("runs").glob("tiny-standard-*/config.json")  # the threads are divided among the runs
-    assert config_of(config.parent)["threads"] == 2
+    assert config_of(config.parent)["threads"] == 1
     assert small("--norm-scale", "none", "hg", "--resume") == 0 and statuses()["none"] == "done"
 
 
