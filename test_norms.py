@@ -1455,14 +1455,15 @@ def test_in_a_thread_as_in_a_notebook(small):
     assert codes == [0] and statuses("another place") == {"none": "done", "hg": "done"}
 
 
-def test_the_first_command_prepares_the_built_in_text(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("Directory not empty"), train.UserError("data/sotu exists")])
+def test_the_first_command_prepares_the_built_in_text(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
     assert train.main([*SMALL, "--steps=1"]) == 0 and statuses() == {"standard": "done"}
     assert TokenFolder("data/sotu").vocab_size == 2048
 
     def second_of_two(name, out_dir):
         shutil.copytree(tmp_path / "data", out_dir)
-        raise OSError("Directory not empty")
+        raise error
 
     monkeypatch.setattr(prepare_data, "prepare", second_of_two)
     monkeypatch.chdir(tmp_path / "runs")
