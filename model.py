@@ -3,15 +3,16 @@
     h = x + Attention(Norm(x)),    out = h + FFN(Norm(h)),    logits = LM head(Norm(out))
 
 These Norms have no gamma: scale vectors belong to the Branches, the linear maps that read a Norm, since
-W (gamma * Norm(x)) = (W diag(gamma)) Norm(x). Only Gemma's Norms on the outputs of attention and FFN have
-their own. The modules below say which branches share a Norm; what a variant adds to each is in `Branch`.
+W (gamma * Norm(x)) = (W diag(gamma)) Norm(x). The modules below say which branches share a Norm; what a
+variant adds to each is in `Branch`.
 
 RoPE, SwiGLU, no biases, untied embedding and head, full multi-head attention: the Llama of the paper's
-section 3. Two options give the paper's other models: Gemma's extra norms, and a mixture of experts in
-place of each FFN.
-Shapes: B sequences, T positions, d width, H heads of d/H channels, V vocabulary, E experts, k per token.
+section 3. Two options give its other models: Gemma's Norms (with a gamma_a of their own) on Q and K and on
+the outputs of attention and FFN, and a mixture of experts in place of each FFN.
+Shapes: B sequences, T positions, d width, H heads of h = d/H channels, V vocabulary, E experts, k per token.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from norms import Branch, NormScale, OutputNorm, normalize, scale_parameters, shared_vector
+from norms import NormScale, OutputNorm, branches_of_a_norm, matrix, normalize, scale_parameters
 
 # ---------------------------------------------------------------------------------------------------
 # The model
@@ -40,84 +41,77 @@ class Config:
     n_expert: int = 0  # routed experts besides the shared one, of hidden width int(2 d/3); 0: a dense FFN
     top_k: int = 0  # routed experts that a token visits
 
+    @property
+    def residual_std(self):
+        """std of the first values of W_o and W_down, of which 2 n_layer add up in the residual stream."""
+        return 0.02 / math.sqrt(2 * self.n_layer)
+
 
 class Block(nn.Module):
-    """One layer: attention, then the feed-forward network, each added to the residual stream."""
+    """One layer: attention, then the feed-forward network, each added to the residual stream x (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
         d, variant = config.d_model, config.norm_scale
         self.attention = Attention(config)
-        self.is_mixture = config.n_expert > 0
-        if self.is_mixture:
+        if config.n_expert:
             self.ffn = MixtureOfExperts(config)
         else:
-            self.ffn = SwiGLU(d, config.d_ff, variant, shared_vector(d, variant))
-        # Gemma normalises the outputs of both before adding them to the stream.
+            self.ffn = SwiGLU(d, config.d_ff, branches_of_a_norm(d, variant), config.residual_std)
         self.attention_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
         self.ffn_out = OutputNorm(d, variant) if config.gemma else nn.Identity()
 
     def forward(self, x, rotation):
-        """x (B, T, d) -> the next x, and the balance loss of a mixture of experts (0 for a dense FFN)."""
         x = x + self.attention_out(self.attention(normalize(x), rotation))
-        if self.is_mixture:
-            y, balance_loss = self.ffn(normalize(x))
-        else:
-            y, balance_loss = self.ffn(normalize(x)), x.new_zeros(())
-        return x + self.ffn_out(y), balance_loss
+        return x + self.ffn_out(self.ffn(normalize(x)))
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) to logits (B, T, V), or to losses where the targets (B, T) are given.
-
-    Weights are uninitialised until `init_weights`, so that a model can be counted on the meta device.
-    """
+    """Tokens (B, T) to logits (B, T, V), or with targets to the loss. Uninitialised before `init_weights`."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.embedding = matrix(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = Branch(config.d_model, config.vocab_size, config.norm_scale)
-        self.register_buffer("rotation", rotations(config.seq_len, config.d_model // config.n_head).float())
+        self.head = branches_of_a_norm(config.d_model, config.norm_scale)(config.vocab_size)
+        rotation = rotations(config.seq_len, config.d_model // config.n_head).float()
+        self.register_buffer("rotation", rotation, persistent=False)
+        vectors, names = scale_parameters(self), self.named_parameters()
+        self.std_at_start = {name: W.std_at_start for name, W in names if W not in vectors}
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices ~ N(0, std^2): std 0.02, or 0.02 / sqrt(2 layers) where they write to the residual stream.
+        """Draws each matrix from N(0, std^2), with the std that it was made with. Returns the model.
 
-        Scale vectors start at 1 and use no random numbers: with the same seed every variant starts from the
-        same matrices, drawn in the order of parameters(). (A variant with matrices of its own should draw
-        them last.) Returns the model.
+        The random numbers come from the seed and the matrix's name alone, and scale vectors start at 1: with
+        one seed all variants start from the same matrices, even one that has others besides.
         """
-        onto_the_stream = {m.o for m in self.modules() if isinstance(m, Attention)}
-        onto_the_stream |= {m.down for m in self.modules() if isinstance(m, SwiGLU)}
-        generator = torch.Generator().manual_seed(seed)
-        scales = scale_parameters(self)
-        for p in self.parameters():
-            if p not in scales:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if p in onto_the_stream else 0.02
-                p.normal_(std=std, generator=generator)
+        for name, std in self.std_at_start.items():
+            address = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(address[:8], "little"))
+            self.get_parameter(name).normal_(std=std, generator=generator)
         return self
 
     def forward(self, tokens, targets=None):
-        """Logits, or with targets (language loss in nats per token, balance loss: 0 for a dense model).
-
-        Targets of -100 are ignored.
-        """
-        x = F.embedding(tokens, self.embedding)
-        balance_losses = []
+        """Logits, or with targets the language loss: mean of -log p(target), in nats per token."""
+        x = F.embedding(tokens, self.embedding)  # (B, T, d)
         for block in self.blocks:
-            x, balance_loss = block(x, self.rotation)
-            balance_losses.append(balance_loss)
-        logits = self.head(normalize(x))
+            x = block(x, self.rotation)
+        logits = self.head(normalize(x))  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return loss, torch.stack(balance_losses).mean()
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def balance_loss(self):
+        """Of the last forward pass, mean over layers; 0 for a dense model."""
+        return sum(block.ffn.balance_loss for block in self.blocks) / self.config.n_layer
 
     @torch.no_grad()
     def generate(self, tokens, count, generator=None):
         """`count` tokens after `tokens` (1, T), sampled at temperature 1: (1, T + count)."""
+        if tokens.shape[1] == 0:
+            raise ValueError("generate needs a prompt of at least one token")
         for _ in range(count):
             logits = self(tokens[:, -self.config.seq_len :])[:, -1]
             next_token = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
@@ -130,50 +124,50 @@ class Transformer(nn.Module):
 
 
 def rotations(seq_len, head_dim, theta=10_000.0):
-    """The RoPE table, (2, T, 1, h): at position t, channel pair i is rotated by the angle t theta^(-2i/h).
+    """The table of RoPE, (2, T, h): cos, and sin with its signs, of the angles t theta^(-2i/h).
 
-    For the two channels of a pair, the first half of the table has (cos, cos), the second (-sin, sin).
+    Channels i and i + h/2 are a pair, i = 0 ... h/2 - 1: each angle stands in two columns.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
-    cos = torch.stack([angle.cos(), angle.cos()], dim=-1).flatten(1)
-    sin = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1)
-    return torch.stack([cos, sin])[:, :, None]
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)  # (T, h/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
 def rotate(x, rotation):
-    """RoPE: rotates channels (a, b) = (2i, 2i+1) at position t by its i-th angle. x (B, T, H, h).
+    """RoPE: rotates each channel pair (a, b) at position t by its angle. x (B, H, T, h).
 
     (a, b) -> (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
-    T = x.shape[1]
-    cos, sin = rotation[0, :T].to(x.dtype), rotation[1, :T].to(x.dtype)  # (T, 1, h) each
-    pairs = x.unflatten(-1, (-1, 2))
-    swapped = pairs.flip(-1).flatten(-2)
-    return x * cos + swapped * sin
+    cos, sin = rotation[:, : x.shape[-2]].to(x.dtype)  # (T, h) each
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
-    """W_o softmax(rope(q) rope(k)^T / sqrt(d/H)) v, causal, where q, k, v are the branches of n = Norm(x)."""
+    """W_o softmax(rope(q) rope(k)^T / sqrt(h)) v, causal, where q, k, v are the branches of n = Norm(x)."""
 
     def __init__(self, config):
         super().__init__()
-        d, variant = config.d_model, config.norm_scale
-        self.head_dim = d // config.n_head
-        shared = shared_vector(d, variant)
-        self.o = nn.Parameter(torch.empty(d, d))
-        self.q = Branch(d, d, variant, shared, self.head_dim, qk_norm=config.gemma)
-        self.k = Branch(d, d, variant, shared, self.head_dim, qk_norm=config.gemma)
-        self.v = Branch(d, d, variant, shared, self.head_dim)
+        self.n_head = config.n_head
+        d, variant, head_dim = config.d_model, config.norm_scale, config.d_model // config.n_head
+        branch = branches_of_a_norm(d, variant)
+        self.q = branch(d, head_dim=head_dim)
+        self.k = branch(d, head_dim=head_dim)
+        self.v = branch(d, head_dim=head_dim)
+        self.o = matrix(d, d, std=config.residual_std)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.gemma and not variant.norm_between:  # dnp has this Norm already, in the branches
+            self.q_norm, self.k_norm = OutputNorm(head_dim, variant), OutputNorm(head_dim, variant)
 
-    def forward(self, n, rotation):  # n (B, T, d)
-        def split(y):  # (B, T, d) -> (B, T, H, d/H)
-            return y.unflatten(-1, (-1, self.head_dim))
+    def forward(self, n, rotation):
+        """n (B, T, d) -> (B, T, d)."""
 
-        q = rotate(split(self.q(n)), rotation).transpose(1, 2)  # (B, H, T, d/H)
-        k = rotate(split(self.k(n)), rotation).transpose(1, 2)
-        v = split(self.v(n)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        def heads(y):  # (B, T, d) -> (B, H, T, h)
+            return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+        q = rotate(self.q_norm(heads(self.q(n))), rotation)
+        k = rotate(self.k_norm(heads(self.k(n))), rotation)
+        y = F.scaled_dot_product_attention(q, k, heads(self.v(n)), is_causal=True)  # (B, H, T, h)
         return F.linear(y.transpose(1, 2).flatten(-2), self.o)
 
 
@@ -184,11 +178,13 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """W_down (silu(gate) * up), where gate and up are branches of n = Norm(x): (..., d) -> (..., d)."""
 
-    def __init__(self, d_model, d_ff, variant, shared):
+    balance_loss = 0.0  # only a mixture has one
+
+    def __init__(self, d_model, d_ff, branch, residual_std):
         super().__init__()
-        self.down = nn.Parameter(torch.empty(d_model, d_ff))
-        self.gate = Branch(d_model, d_ff, variant, shared)
-        self.up = Branch(d_model, d_ff, variant, shared)
+        self.gate = branch(d_ff)
+        self.up = branch(d_ff)
+        self.down = matrix(d_model, d_ff, std=residual_std)
 
     def forward(self, n):
         return F.linear(F.silu(self.gate(n)) * self.up(n), self.down)
@@ -199,28 +195,31 @@ class MixtureOfExperts(nn.Module):
 
         y = FFN_shared(n) + sum over the k largest p_i of p_i FFN_i(n),     p = softmax(W_router n)
 
-    The p_i are used as they are, not renormalised over the k. No token is dropped. The balance loss (Switch)
-    of a sequence is E sum_i f_i P_i, where f_i is the load of expert i (its share of the kT assignments) and
-    P_i its mean probability; it is 1 when the load is uniform. It is averaged over sequences.
-    Returns y (B, T, d) and the balance loss.
+    The p_i are used as they are, not renormalised over the k. No token is dropped. A forward pass leaves
+    its balance loss (Switch): of a sequence E sum_i f_i P_i, where f_i is the load of expert i (its share of
+    the kT assignments) and P_i its mean probability, 1 when the load is uniform; averaged over sequences.
     """
 
     def __init__(self, config):
         super().__init__()
-        d, variant = config.d_model, config.norm_scale
-        self.n_expert, self.top_k = config.n_expert, config.top_k
-        shared = shared_vector(d, variant)
-        self.router = Branch(d, config.n_expert, variant, shared, output=False)
-        self.shared_expert = SwiGLU(d, config.d_ff, variant, shared)
-        experts = (SwiGLU(d, int(2 * d / 3), variant, shared) for _ in range(config.n_expert))
-        self.experts = nn.ModuleList(experts)
+        self.n_expert, self.top_k, d = config.n_expert, config.top_k, config.d_model
+        branch, std = branches_of_a_norm(d, config.norm_scale), config.residual_std
+        self.router = branch(config.n_expert, output_side=False)
+        self.shared_expert = SwiGLU(d, config.d_ff, branch, std)
+        self.experts = nn.ModuleList(SwiGLU(d, int(2 * d / 3), branch, std) for _ in range(config.n_expert))
+        self.balance_loss = 0.0
+
+    def __getstate__(self):
+        """A copy has no last forward pass: its loss still has a graph, which cannot be copied."""
+        return self.__dict__ | {"balance_loss": 0.0}
 
     def forward(self, n):
+        """n (B, T, d) -> (B, T, d)."""
         p = self.router(n).softmax(-1, dtype=torch.float32)  # (B, T, E)
         expert = p.topk(self.top_k, dim=-1).indices  # (B, T, k)
         visits = F.one_hot(expert, self.n_expert).sum(2)  # (B, T, E): 1 where the token goes to the expert
         load = visits.float().mean(1) / self.top_k  # (B, E)
-        balance_loss = self.n_expert * (load * p.mean(1)).sum(-1).mean()
+        self.balance_loss = self.n_expert * (load * p.mean(1)).sum(-1).mean()
 
         y = self.shared_expert(n).flatten(0, 1)  # (B T, d)
         tokens = n.flatten(0, 1)  # (B T, d)
@@ -229,17 +228,15 @@ class MixtureOfExperts(nn.Module):
             rows = visits[:, i].nonzero().squeeze(1)  # of the tokens that go to expert i
             # An expert that gets no tokens still runs, on zero rows: its gradients are zeros, not None.
             y = y.index_add(0, rows, p[rows, i, None] * ffn(tokens[rows]))  # y[rows] += p_i FFN_i
-        return y.view_as(n), balance_loss
+        return y.view_as(n)
 
 
 # ---------------------------------------------------------------------------------------------------
 # A first reading can end here.
 #
-# Presets: the paper's tables of section 3, and sizes for a laptop
-#
-# A preset has sizes, and the settings that go with them. lr_muon and lr_wsd are the paper's learning rates
-# for Muon and for the wsd schedule where it gives them; its steps amount to 100 tokens per (activated)
-# parameter. A preset without vocab_size uses that of the data.
+# Presets: sizes, and the settings that go with them; the paper's tables of section 3, and for a laptop.
+# lr_muon and lr_wsd are its learning rates for Muon and wsd where it gives them; its steps amount to 100
+# tokens per (activated) parameter. A preset without vocab_size uses that of the data.
 
 
 def sizes(d_model, n_head, n_layer, **others):
@@ -248,12 +245,11 @@ def sizes(d_model, n_head, n_layer, **others):
 
 LAPTOP = dict(seq_len=128, batch_size=8, eval_tokens=131_072)
 TINY = dict(lr=4e-3, steps=2000, eval_every=250, **LAPTOP)
-PAPER = dict(batch_size=512, tokens_at_once=32_768, vocab_size=50_304, eval_every=500, eval_tokens=4_194_304)
+PAPER = dict(batch_size=512, tokens_at_once=32_768, vocab_size=50_304, eval_every=100, eval_tokens=4_194_304)
 GEMMA = dict(gemma=True, **PAPER)
 MIXTURE = dict(n_expert=32, top_k=4, **PAPER)
 OTHER_RATES = dict(lr_muon=5e-3, lr_wsd=3e-3)
-PRESETS = {
-    # d_model, n_head, n_layer
+PRESETS = {  # d_model, n_head, n_layer, and the settings
     "tiny": sizes(64, 4, 4, **TINY),
     "gemma-tiny": sizes(64, 4, 4, gemma=True, **TINY),
     "moe-tiny": sizes(64, 4, 4, n_expert=8, top_k=2, **TINY),
@@ -280,40 +276,24 @@ def paper_d_ff(d_model):
 # Counts, and export
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Parameter counts (all, active for a token, in scale vectors), and training FLOPs per token."""
-
-    parameters: int
-    activated_parameters: int
-    scale_parameters: int
-    flops_per_token: int
-
-
 def count(config):
-    """The exact Counts of a model, from one built on the meta device: nothing is allocated.
-
-    A token costs 6 FLOPs for each activated entry of every matrix except the embedding (2 forward, 4
-    backward), plus 6 T d per layer for causal attention, half of the T x T square.
-    """
+    """Exact numbers of parameters: all, active for a token, in scale vectors. Nothing is allocated."""
     with torch.device("meta"):
         model = Transformer(config)
     idle = set()  # the experts beyond top_k, but not the vector that they may share with the router
-    for ffn in (m for m in model.modules() if isinstance(m, MixtureOfExperts)):
-        idle |= set(ffn.experts[ffn.top_k :].parameters()) - set(ffn.router.parameters())
-    active = set(model.parameters()) - idle
-    scales = scale_parameters(model)
-    multiplied = sum(p.numel() for p in active - set(scales)) - model.embedding.numel()
-    return Counts(
-        parameters=sum(p.numel() for p in model.parameters()),
-        activated_parameters=sum(p.numel() for p in active),
-        scale_parameters=sum(p.numel() for p in scales),
-        flops_per_token=6 * multiplied + 6 * config.n_layer * config.seq_len * config.d_model,
-    )
+    for ffn in model.modules():
+        if isinstance(ffn, MixtureOfExperts):
+            idle |= set(ffn.experts[ffn.top_k :].parameters()) - set(ffn.router.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters": everything,
+        "activated_parameters": everything - sum(p.numel() for p in idle),
+        "scale_parameters": sum(p.numel() for p in scale_parameters(model)),
+    }
 
 
 def llama_state_dict(model):
-    """The weights of a folded dense model, with the names and layout of transformers' LlamaForCausalLM.
+    """The weights of a folded dense model, with the names of transformers' LlamaForCausalLM.
 
     Raises ValueError if the model still has a scale vector, experts, or Gemma's norms.
     """
@@ -321,17 +301,13 @@ def llama_state_dict(model):
     if config.n_expert or config.gemma or scale_parameters(model):
         raise ValueError("a stock Llama is dense and has no scale vectors: fold(model) first, and no dnp")
     ones = torch.ones_like(model.embedding[0])
-
-    def halves(W):  # their RoPE rotates channels (i, i + h/2) of a head, ours (2i, 2i + 1)
-        return W.view(config.n_head, -1, 2, config.d_model).transpose(1, 2).reshape(W.shape)
-
-    state = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.head.W}
-    state["model.norm.weight"] = ones
+    state = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": ones}
+    state["lm_head.weight"] = model.head.W
     for i, block in enumerate(model.blocks):
         attention, ffn = block.attention, block.ffn
         layer = {
-            "self_attn.q_proj": halves(attention.q.W),
-            "self_attn.k_proj": halves(attention.k.W),
+            "self_attn.q_proj": attention.q.W,
+            "self_attn.k_proj": attention.k.W,
             "self_attn.v_proj": attention.v.W,
             "self_attn.o_proj": attention.o,
             "mlp.gate_proj": ffn.gate.W,

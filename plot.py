@@ -1,12 +1,12 @@
-"""Plots run folders, and prints a table on the terminal.
+"""Run folders to pictures and a table; and a picture of the theory.
 
-    python plot.py                  # runs/ -> loss.png: loss against tokens, and relative to `standard`
+    python plot.py                  # runs/ -> loss.png: loss against tokens, and minus `standard`; a table
     python plot.py --kind=weights   # the paper's figure 4: norms of W_Q, W_K, W_V; and how scale vectors move
     python plot.py --kind=scaling   # its figures 6 and 7: L(C) = E + a C^-b of two variants, gain at one loss
     python plot.py --kind=theory    # its theorems, integrated; needs no run
 
-A run is a folder with config.json and metrics.csv, as train.py leaves it. Differences between variants
-are taken seed by seed: equal first weights and equal batches remove most of the noise between seeds.
+A run is a folder as train.py leaves it; a curve is all runs that differ in seed alone. Curves are compared
+seed by seed: equal first weights and batches remove most of the noise. Losses are in nats per token.
 """
 
 import csv
@@ -14,388 +14,287 @@ import io
 import json
 import math
 import os
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
 from functools import partial
+from itertools import product
 from pathlib import Path, PureWindowsPath
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot: no window, and no backend forced on a notebook
 from matplotlib.ticker import EngFormatter
 
-from prepare_data import CommandLine, run_as_a_tool, use_any_terminal
+# All command lines behave alike.
+from prepare_data import CommandLine, UserError, expanded_path, require
 
 # ---------------------------------------------------------------------------------------------------
-# Reading runs
+# Runs
 
-# Runs that differ in a setting are separate curves; alike in COURSE, runs of one seed share their batches.
-SIZES = ("model", "d_model", "n_layer", "n_head", "d_ff")
-COURSE = ("optimizer", "schedule", "steps", "batch_size", "data", "vocab_size", "seq_len", "eval_tokens")
-SETTINGS = ("norm_scale", *SIZES, *COURSE, "weight_decay", "grad_clip", "warmup_steps", "dtype", "eval_every")
-WORDS = ("norm_scale", "model", "optimizer", "schedule", "dtype", "data", "status")  # the others are numbers
+NAMED = ("model", "norm_scale", "optimizer", "schedule", "lr", "data")  # beside `changed`, tell curves apart
 
 
-@dataclass(eq=False)
 class Run:
-    """One run folder."""
+    """A run folder, read. Raises whatever it meets where there is none, or a damaged one."""
 
-    folder: Path
-    config: dict
-    state: str  # done, diverged, failed or unfinished; only runs that are done count in final losses
-    step: int  # the last one evaluated
-    loss: dict  # tokens seen -> validation loss in nats per token, nan where not finite
-
-
-@contextmanager
-def reading(folder):
-    """Whatever is wrong with a record becomes one line that names its folder."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, OSError) as mistake:
-        raise ValueError(f"{folder}: {type(mistake).__name__}: {mistake}") from None
+    def __init__(self, folder):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hashes = [sha256[:6] for _, sha256 in sorted(config["data_sha256"].items())]
+        config["data"] = " ".join([PureWindowsPath(config["data"]).name, *hashes])  # by whatever path
+        self.folder, self.config = folder, config
+        self.settings = {name: config[name] for name in [*NAMED, *config.get("changed", {})]}
+        self.loss = {}  # tokens seen -> validation loss
+        self.last = {"step": 0}  # the last row of metrics.csv, nan where it is empty, and ms_per_step
+        for row in read_table(folder / "metrics.csv"):
+            self.last = {column: float(text or "nan") for column, text in row.items()}
+            self.loss[self.last["tokens"]] = self.last["val_loss"]
+        tokens_per_step = config["batch_size"] * config["seq_len"]
+        self.last["ms_per_step"] = 1000 * tokens_per_step / self.last.get("tokens_per_second", math.nan)
+        self.final = self.last.get("val_loss", math.nan)  # the final loss, if the run is done
+        self.done = self.last["step"] == config["steps"] and math.isfinite(self.final)
 
 
 def read_table(path):
     """A CSV file as [{column: text}, ...]; [] without a file."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return list(csv.DictReader(text.splitlines(), restval=""))
 
 
-def read_run(folder):
-    """The Run in a folder. Data is identified by its folder's name and its hashes, not by its path."""
-    config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    for key in (*SETTINGS, "lr", "seed", "parameters", "activated_parameters", "status"):
-        if not isinstance(config.get(key), str if key in WORDS else (int, float)):
-            raise ValueError(f"config.json: {key} is missing or of another kind")
-    hashes = [str(sha256)[:8] for _, sha256 in sorted(dict(config["data_sha256"]).items())]
-    config["data"] = " ".join([PureWindowsPath(config["data"]).name, *hashes])
-    step, loss = 0, {}
-    for row in read_table(folder / "metrics.csv"):
-        step, value = int(row["step"]), float(row["val_loss"])
-        loss[int(row["tokens"])] = value if math.isfinite(value) else math.nan
-    complete = loss and step == config["steps"] and math.isfinite(value)
-    known = ("diverged", "failed", "done" if complete else None)
-    return Run(folder, config, config["status"] if config["status"] in known else "unfinished", step, loss)
-
-
-def read_runs(folders):
-    """All runs below the folders, each once."""
-    found, runs = set(), []
-    for root in folders:
-        if not os.path.isdir(root):
-            raise ValueError(f"there is no folder {root}")
-        found |= {path.parent for path in Path(root).rglob("config.json")}
-    for folder in sorted(found):
-        with reading(folder):
-            runs.append(read_run(folder))
-    if not any(run.loss for run in runs):
-        raise ValueError(f"no run with an evaluation in {', '.join(map(str, folders))}; train.py makes one")
-    return runs
-
-
-def left_out(runs):
-    """A line for each run that counts in no final loss."""
+def read_runs(roots):
+    """All runs in and below the folders, each once; and what is to be told of them, a line each."""
+    runs, told, seen = [], [], set()
+    for root in roots:
+        require(os.path.isdir(root), f"there is no folder {root}")
+        for folder, below, files in os.walk(root, followlinks=True):
+            below.sort()
+            place = os.path.realpath(folder)
+            if place in seen:
+                below.clear()  # given twice, or a link to a folder above
+            elif "config.json" in files:
+                try:
+                    runs.append(Run(Path(folder)))
+                except Exception as mistake:  # noqa: BLE001  whatever a foreign folder leads to
+                    told.append(f"no run, skipped: {folder}: {type(mistake).__name__}: {mistake}")
+            seen.add(place)
     for run in runs:
-        if run.state != "done":
-            reason = " ".join(str(run.config.get("reason") or "counts in no final loss").split())
-            yield f"{run.state}: {run.folder} (step {run.step} of {run.config['steps']}): {reason}"
+        if not run.done:
+            where = f"{run.config['status']} at step {run.last['step']:.0f} of {run.config['steps']}"
+            told.append(f"no final loss: {run.folder}, {where}. {run.config.get('reason') or ''}")
+    require(any(run.loss for run in runs), "; ".join(["no run with an evaluation: see train.py", *told]))
+    programs = differing([run.config["program"] for run in runs if run.config.get("program")])
+    if programs:
+        told.append(f"the runs come from different programs, which differ in {', '.join(programs)}")
+    return runs, told
+
+
+def differing(records):
+    """The names whose values are not the same in all of these dicts; a dict may lack a name."""
+    names = {}
+    for record in records:
+        names |= record
+    return [name for name in names if any(record.get(name) != records[0].get(name) for record in records)]
 
 
 # ---------------------------------------------------------------------------------------------------
-# Grouping runs into curves; their labels and baselines; the table of differences by seed
+# Curves, their labels and baselines; the table
+
+COURSE = {"model", "data", "steps", "batch_size", "seq_len", "eval_tokens"}  # equal in what is compared
+T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # P(|T| < t) = 0.95 for
+T_95 += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]  # Student's T with 1, 2, ...
+T_95 += [2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]  # 30 degrees of freedom
+COMPARISON = "minus baseline ± 95 % interval, * excludes 0"
 
 
-@dataclass(eq=False)
 class Curve:
-    """Runs that differ in seed and learning rate alone."""
+    """Runs that differ in seed alone. make_curves gives it its label and, if any, its baseline."""
 
-    config: dict  # of one of its runs
-    rates: dict  # lr -> {seed: Run}
-    label: str = ""
-    base: "Curve | None" = None  # what it is compared with: itself if it is a baseline
-
-    def alike(self, curves, names):
-        """Those of the curves that have its values of these settings."""
-        return [other for other in curves if all(self.config[name] == other.config[name] for name in names)]
-
-    def lr(self, best):
-        """The lr of lowest mean final loss, of those where all finished (best) or where most did (else)."""
-
-        def order(lr):
-            runs, finished = self.rates[lr], len(finals(self.rates[lr]))
-            return finished < len(runs) if best else -finished, mean_final(runs)
-
-        return min(self.rates, key=order)
-
-
-def finals(runs):
-    """{seed: final loss} of those of {seed: Run} that have finished."""
-    return {seed: list(run.loss.values())[-1] for seed, run in runs.items() if run.state == "done"}
-
-
-def mean_final(runs):
-    """The mean of the final losses, infinite if there is none."""
-    return fmean(finals(runs).values() or [math.inf])
+    def __init__(self, runs):
+        self.runs = runs  # seed -> Run
+        self.done = {seed: run for seed, run in runs.items() if run.done}
+        self.finals = {seed: run.final for seed, run in self.done.items()}
+        self.mean_final = fmean(self.finals.values() or [math.inf])
+        any_run = next(iter(runs.values()))
+        self.config, self.settings = any_run.config, any_run.settings
 
 
 def make_curves(runs, baseline):
-    """The runs as curves: baselines first."""
-    curves = {}
+    """The runs as Curves, the lowest loss first. A label is the norm scale and every setting in which the
+    runs differ, as "none, lr 0.004, d_ff 176"; a setting at its default stays unnamed."""
+    groups = {}
     for run in runs:
-        key = tuple(run.config[name] for name in SETTINGS)
-        seeds = curves.setdefault(key, Curve(run.config, {})).rates.setdefault(run.config["lr"], {})
-        twin = seeds.setdefault(run.config["seed"], run)
-        if twin is not run:
-            raise ValueError(f"{twin.folder} and {run.folder} have the same settings and seed: give one")
-    curves = list(curves.values())
-    name_curves(curves)
-    find_bases(curves, baseline)
-    return sorted(curves, key=lambda curve: (curve.base is not curve, curve.label))
-
-
-def name_curves(curves):
-    """Sets label: norm_scale, then each setting in which curves that share a label so far differ, unless its
-    value is the usual one. Settings that follow from another, as warmup_steps from steps, stay unnamed."""
-    for name in SETTINGS[1:]:
-        usual, count = Counter(curve.config[name] for curve in curves).most_common(1)[0]
-        values = {}  # label so far -> the values of this setting
-        for curve in curves:
-            values.setdefault(curve.label, set()).add(curve.config[name])
-        for curve in curves:
-            value = curve.config[name]
-            if len(values[curve.label]) > 1 and (value != usual or count <= len(curves) / 2):
-                curve.label += f", {value}" if name in WORDS else f", {name} {value}"
+        group = groups.setdefault(frozenset(run.settings.items()), {})
+        twin = group.setdefault(run.config["seed"], run)
+        require(twin is run, f"{twin.folder} and {run.folder} have the same settings and seed: give one")
+    curves = [Curve(group) for group in groups.values()]
+    told_apart = [name for name in differing([curve.settings for curve in curves]) if name != "norm_scale"]
     for curve in curves:
-        curve.label = curve.config["norm_scale"] + curve.label
+        named = [f"{name} {curve.settings[name]}" for name in told_apart if name in curve.settings]
+        curve.label = ", ".join([curve.settings["norm_scale"], *named])
+        curve.baseline = find_baseline(curve, curves, baseline)
+    return sorted(curves, key=lambda curve: (curve.mean_final, curve.label))
 
 
-def find_bases(curves, baseline):
-    """Sets base: the baseline that differs only in norm_scale, else the only one of the same course and, d_ff
-    aside, the same sizes. A baseline that no variant can be paired with, such as a control with a wider d_ff,
-    is itself compared with another."""
-    bases = [curve for curve in curves if curve.config["norm_scale"] == baseline]
-    variants = [curve for curve in curves if curve not in bases]
+def find_baseline(curve, curves, baseline):
+    """The curve of norm scale `baseline` with all its other settings equal; else, of those with its COURSE,
+    the one with the fewest settings changed, at its best lr, if there is one such. None if that is itself."""
+    bases = [base for base in curves if base.settings["norm_scale"] == baseline]
+    equal = [base for base in bases if differing([curve.settings, base.settings]) == ["norm_scale"]]
+    near = [base for base in bases if not COURSE.intersection(differing([curve.config, base.config]))]
+    fewest = min((len(base.settings) for base in near), default=0)
+    found = best_rate(equal or [base for base in near if len(base.settings) == fewest])
+    return None if found is curve else found
+
+
+def best_rate(curves):
+    """Of curves that differ in lr alone (else: None) that of lowest loss; unfinished ones come last."""
+    if not curves or differing([curve.settings for curve in curves]) not in ([], ["lr"]):
+        return None
+    return min(curves, key=lambda curve: (len(curve.done) < len(curve.runs), curve.mean_final))
+
+
+def minus(mine, theirs):
+    """Of two dicts of numbers, what is in both: mine minus theirs."""
+    return {name: value - theirs[name] for name, value in mine.items() if name in theirs}
+
+
+def difference(curve):
+    """The mean final loss minus its baseline's, over the seeds of both, as in COMPARISON; "" without one."""
+    if curve.baseline is None:
+        return ""
+    differences = list(minus(curve.finals, curve.baseline.finals).values())
+    if len(differences) < 2:
+        return f"{differences[0]:+.4f}, one seed" if differences else "no common seed"
+    mean, t = fmean(differences), T_95[min(len(differences), 31) - 2]  # beyond 31 seeds a little too large
+    half = t * stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.4f} ± {half:.4f} {'*' if abs(mean) > half else ' '}"
+
+
+def typical(curve, quantity):
+    """The median over a curve's finished seeds of a quantity in Run.last, nan if none has it."""
+    values = [run.last.get(quantity, 0) for run in curve.done.values()]
+    return median([value for value in values if value > 0] or [math.nan])
+
+
+def table(curves):
+    """The lines of the table, one a curve."""
+    rows = [["variant", "parameters", "finished", "loss", "baseline", COMPARISON]]
+    rows[0] += ["ms a step", "ratio", "memory, MB", "ratio"]
     for curve in curves:
-        near = curve.alike(bases, (*(name for name in SIZES if name != "d_ff"), *COURSE))
-        near = [base for base in near if base.alike(variants, SETTINGS[1:])] or near
-        found = curve.alike(near, SETTINGS[1:]) or near
-        curve.base = found[0] if len(found) == 1 else curve if curve in bases else None
-
-
-def student_t(df, share=0.95):
-    """The t with P(|T| < t) = share for Student's T with df degrees of freedom. In T = sqrt(df) tan(angle)
-    the angle has the density cos(angle)^(df - 1), up to a factor."""
-    angle = np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(angle) ** (df - 1)
-    integral = np.cumsum(density) - (density + density[0]) / 2  # by trapezoids
-    return math.sqrt(df) * math.tan(np.interp(share * integral[-1], integral, angle))
-
-
-def paired(mine, theirs):
-    """(n, mean, half) of the differences mine - theirs over the seeds in both {seed: loss} dicts: their
-    number, their mean, and half the width of its 95 % interval. nan where there are too few."""
-    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    n, mean, half = len(differences), math.nan, math.nan
-    if n > 0:
-        mean = fmean(differences)
-    if n > 1:
-        half = student_t(n - 1) * stdev(differences) / math.sqrt(n)
-    return n, mean, half
-
-
-class Row:
-    """A curve beside its baseline, both at the baseline's common learning rate or each at its own best."""
-
-    def __init__(self, curve, best):
-        base = curve.base or curve
-        self.curve = curve
-        self.lr = (curve if best else base).lr(best)
-        self.runs = curve.rates.get(self.lr, {})
-        self.base_runs = base.rates[base.lr(best)] if curve.base else {}
-        self.loss = mean_final(self.runs)
-        self.finished = f"{len(finals(self.runs))} of {len(self.runs)}"
-        others = {} if curve.base is curve else finals(self.base_runs)  # no curve is compared with itself
-        self.pairs, self.mean, self.half = paired(finals(self.runs), others)
-
-    @property
-    def difference(self):
-        """As "-0.0167 ± 0.0079 *", with a star if the interval excludes 0."""
-        if self.pairs == 0:
-            return ""
-        half = f"{self.half:.4f}" if self.pairs > 1 else "-"
-        star = "*" if abs(self.mean) > self.half else " "
-        return f"{self.mean:+.4f} ± {half:6} {star}"
-
-
-def make_rows(curves, best):
-    """The rows of the curves, the largest difference first."""
-    rows = [row for row in (Row(curve, best) for curve in curves) if row.runs]
-    return sorted(rows, key=lambda row: (row.curve.base is None, -row.mean if row.pairs else 0, -row.loss))
-
-
-def table(rows, baseline):
-    """The lines of the table."""
-    difference = f"minus {baseline} ± 95 % interval, * excludes 0"
-    cells = [("variant", "lr", "finished", "loss", difference, "parameters")]
-    for row in rows:
-        numbers = f"{row.lr:g}", row.finished, f"{row.loss:.4f}", row.difference
-        cells.append((row.curve.label, *numbers, f"{row.curve.config['parameters']:,}"))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [[label.ljust(widths[0]), *map(str.rjust, right, widths[1:])] for label, *right in cells]
-    return ["  ".join(line).rstrip() for line in lines]
+        row = [curve.label, f"{curve.config['parameters']:,}", f"{len(curve.done)} of {len(curve.runs)}"]
+        row += [f"{curve.mean_final:.4f}", curve.baseline.label if curve.baseline else "", difference(curve)]
+        for quantity, digits in (("ms_per_step", ".1f"), ("peak_memory_mb", ",.0f")):
+            value = typical(curve, quantity)
+            ratio = value / typical(curve.baseline, quantity) if curve.baseline else math.nan
+            row += [f"{value:{digits}}", f"{ratio:.2f}"]
+        rows.append(["" if cell in ("nan", "inf") else cell for cell in row])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------
-# The loss picture, as the paper's figure 1
+# Pictures of runs: the paper's figure 1 (loss), 4 (weights), 6 and 7 (scaling laws)
 
-OKABE_ITO = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # colour-blind safe
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe, Ito: colour-blind safe
 DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2))]
-MARKERS = "oD^vPX*dp<>hs"  # for greyscale print; 13, a prime, so that every line style meets every marker
+BLACK = [{"color": "black", "linestyle": dash} for dash in DASHES]
+COLOURED = [{"color": colour, "linestyle": dash} for dash, colour in product(DASHES, COLOURS)]
 
 
-def looks(curves):
-    """{curve: line style}: baselines black, the others coloured."""
-    styles = {}
-    for i, curve in enumerate(curves):
-        styles[curve] = {
-            "color": "black" if curve.base is curve else OKABE_ITO[i % len(OKABE_ITO)],
-            "ls": DASHES[i // len(OKABE_ITO) % len(DASHES)],
-            "lw": 1.8,
-            "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 4.5,
-        }
-    return styles
+def looks(curves, drawable):
+    """{curve: line style} of the drawable curves, as many as can be told apart, black for what others are
+    compared with; and the line for the terminal that names the rest, if any."""
+    baselines = {curve.baseline for curve in curves}
+    black = [curve for curve in drawable if curve in baselines][: len(BLACK)]
+    coloured = [curve for curve in drawable if curve not in black]
+    styles = dict(zip(black, BLACK)) | dict(zip(coloured, COLOURED))
+    rest = "; ".join(curve.label for curve in curves if curve not in styles)
+    return styles, [f"not drawn, too many to tell apart or no scales.csv: {rest}"] if rest else []
 
 
-def add_legend(axis, lines, **where):
-    """A legend in columns no higher than the axis. Returns its width in inches."""
-    where |= {"loc": "center left", "handlelength": 3, "fontsize": 9, "title_fontsize": 9}
-    legend = axis.legend(handles=lines, ncols=math.ceil(len(lines) / 18), **where)
-    return legend.get_window_extent().width / axis.figure.dpi
+def seed_lines(curve, relative):
+    """{seed: {tokens: loss}} of the runs done or, while none is, of all; relative: minus the baseline's."""
+    lines = {seed: run.loss for seed, run in (curve.done or curve.runs).items() if run.loss}
+    if relative:
+        theirs = seed_lines(curve.baseline, relative=False)
+        lines = {seed: minus(line, theirs[seed]) for seed, line in lines.items() if seed in theirs}
+    return lines
 
 
-def seed_lines(row, relative):
-    """[{tokens: loss}] of finished seeds, of all while none has finished; relative: minus the baseline's."""
-    others = row.base_runs if relative else row.runs
-    seeds = finals(row.runs).keys() & finals(others).keys() or row.runs.keys() & others.keys()
-    pairs = [(row.runs[seed].loss, others[seed].loss) for seed in seeds]
-    lines = [{t: loss[t] - (base[t] if relative else 0) for t in loss if t in base} for loss, base in pairs]
-    return [line for line in lines if line]  # a run that has just begun has none
-
-
-def draw_losses(axis, rows, styles, relative):
-    """Means over seeds, single seeds faint; relative: 95 % intervals side by side, right of the last point.
-    Returns the lines of the means. The y limits cover, of the last 70 % of each mean, both ends and the
-    middle 70 % of the values, so that neither a spike nor the fall from ln(vocabulary) flattens the rest."""
-    decided, means, shown, starts = [row for row in rows if finals(row.runs)] or rows, [], [], []
-    for place, row in enumerate(rows, 1):
-        style, lines = styles[row.curve], seed_lines(row, relative)
+def draw_losses(axis, styles, relative):
+    """Loss against tokens, or relative to the baseline's: seeds faint, and their mean where all have one.
+    The limits are those of its last 70 %, of finished curves if any: the fall from ln(vocabulary) is cut."""
+    decided = [curve for curve in styles if curve.done] or styles
+    shown = [0.0] if relative else []
+    for curve, style in styles.items():
+        lines = seed_lines(curve, relative).values()
         for line in lines:
-            axis.plot(line.keys(), line.values(), color=style["color"], lw=0.8, alpha=min(0.5, 2 / len(rows)))
-        t = np.array(sorted(set.intersection(*map(set, lines or [{}]))))
-        mean = np.array([fmean(line[tokens] for line in lines) for tokens in t])
-        means += axis.plot(t, mean, **style, markevery=max(1, len(t) // 10))
-        late = np.isfinite(mean) & (t >= 0.3 * max(t, default=0))
-        if row in decided and any(late):
-            starts.append(t[late][0])
-            shown += [*mean[late][[0, -1]], *np.quantile(mean[late], (0.15, 0.85), method="nearest")]
-        if relative and row.pairs > 2:  # the interval of two would flatten all the rest
-            beyond = t[-1] * (1 + 0.2 * place / max(12, len(rows)))
-            mark = {"color": style["color"], "marker": style["marker"], "markersize": 3.5, "alpha": 0.6}
-            axis.errorbar(beyond, row.mean, row.half, **mark, elinewidth=1, capsize=2)
-            shown += [row.mean - row.half, row.mean + row.half]
-    if shown:
-        margin = 0.05 * (max(shown) - min(shown)) + 1e-3
-        axis.set_ylim(min(shown) - margin, max(shown) + margin)
-        axis.set_xlim(left=None if relative else 0.9 * min(starts))
+            axis.plot(list(line), list(line.values()), color=style["color"], linewidth=0.8, alpha=0.2)
+        common = sorted(set.intersection(*map(set, lines))) if lines else []
+        mean = [fmean(line[tokens] for line in lines) for tokens in common]
+        label = f"{curve.label}, {len(curve.done)} of {len(curve.runs)} seeds  {difference(curve)}"
+        axis.plot(common, mean, linewidth=1.8, label=label, **style)
+        if curve in decided:
+            shown += [loss for loss in mean[len(mean) * 3 // 10 :] if math.isfinite(loss)]
+    low, high = min(shown, default=0), max(shown, default=0)
+    margin = 0.1 * (high - low) + 1e-3
+    axis.set(xlabel="tokens", ylim=(low - margin, high + margin))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set(xlabel="tokens", ylabel=f"{'difference' if relative else 'validation loss'}, nats per token")
-    return means
 
 
-def loss_picture(curves, baseline):
-    """Panels at the baseline's common learning rate and, where several were tried, with each curve at its own
-    best; and the lines for the terminal."""
-    several = any(len({*curve.rates, *(curve.base or curve).rates}) > 1 for curve in curves)
-    compared = any(curve.base not in (None, curve) for curve in curves)
-    styles, text, widths = looks(curves), [], []
-    figure = Figure(figsize=(12 if compared else 7, 8.4 if several else 4.2))
-    for best, axes in zip((False, True), figure.subplots(1 + several, 1 + compared, squeeze=False)):
-        rows = make_rows(curves, best)
-        one_lr = not several and len({row.lr for row in rows}) == 1
-        common = f"lr {rows[0].lr:g}" if one_lr else "at the baseline's lr"
-        where = "each at its own best lr" if best else common
-        text += [f"{where}:", *table(rows, baseline)]
-        for axis, relative, title in zip(axes, (False, True), ("", f"relative to {baseline}, ")):
-            lines = draw_losses(axis, rows, styles, relative)
-            axis.set_title(title + where)
-        for row, line in zip(rows, lines):
-            at_lr = "" if one_lr else f", lr {row.lr:g}"
-            line.set_label(f"{row.curve.label}{at_lr}, {row.finished} seeds  {row.difference}")
-        title = "mean difference ± 95 % interval, * excludes 0" if compared else None
-        widths.append(add_legend(axes[-1], lines, title=title, bbox_to_anchor=(1.01, 0.5)))
-    figure.set_figwidth(figure.get_figwidth() + max(widths))  # no legend takes room from the axes
+def loss_picture(curves, args):
+    """Loss against tokens and, beside it if anything is compared, minus the baseline's."""
+    styles, lines = looks(curves, curves)
+    compared = {curve: style for curve, style in styles.items() if curve.baseline}
+    columns = 2 if compared else 1
+    figure = Figure(figsize=(5 + 5 * columns, 5))
+    left = figure.add_subplot(1, columns, 1, ylabel="validation loss, nats per token")
+    draw_losses(left, styles, relative=False)
+    if compared:
+        right = figure.add_subplot(1, columns, 2, ylabel=f"minus {args.baseline}, nats per token")
+        draw_losses(right, compared, relative=True)
+        right.axhline(0, color="black", linewidth=1)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=COMPARISON)
+    return figure, table(curves) + lines
+
+
+SCALES = [(f"$\\Vert W_{c} \\Vert_F$", f".attention.{c.lower()}.W", ["norm"] * 3) for c in "QKV"]
+SCALES += [("$\\gamma_b$, input side", ".gamma_b", ["min", "mean", "max"])]
+SCALES += [("$\\gamma_a$, output side", ".gamma_a", ["min", "mean", "max"])]
+
+
+def weights_picture(curves, args):
+    """SCALES in the middle layer against the step, of each curve's lowest seed that has a scales.csv: the
+    mean over the rows whose name ends so, shaded from the least to the largest."""
+    recorded = {}
     for curve in curves:
-        if len(curve.rates) > 1:
-            by_lr = (f"{lr:g} {mean_final(curve.rates[lr]):.4f}" for lr in sorted(curve.rates))
-            text.append(f"{curve.label}, loss by lr: {', '.join(by_lr)}")
-    if not compared:
-        text.append(f"no difference shown: nothing to compare with {baseline}; --baseline names another")
-    return figure, text
-
-
-# ---------------------------------------------------------------------------------------------------
-# Weights and scale vectors over training: the paper's figure 4
-
-
-def read_scales(run):
-    """Of the middle layer: {title: {step: [(min, mean, max), ...]}}, of a weight's norm or of vectors."""
-    layer = f"blocks.{run.config['n_layer'] // 2}."
-    titles = {f"{layer}attention.{branch.lower()}.W": f"$\\Vert W_{branch} \\Vert_F$" for branch in "QKV"}
-    titles |= {".v": "$\\gamma$, input side", ".u": "$\\gamma$, output side"}  # as the vectors' names end
-    panels = {title: {} for title in titles.values()}
-    with reading(run.folder):
-        for row in read_table(run.folder / "scales.csv"):
-            is_vector = row["kind"] == "scale" and row["name"].startswith(layer)
-            name, columns = row["name"], ("min", "mean", "max") if is_vector else ("norm", "norm", "norm")
-            if title := titles.get(name[-2:] if is_vector else name):
-                numbers = [float(row[column]) for column in columns]
-                panels[title].setdefault(int(row["step"]), []).append(numbers)
-    return panels
-
-
-def weights_picture(curves):
-    """Norms of W_Q, W_K, W_V, and gamma (mean, and from min to max), of one run a curve: the lowest seed."""
-    figure, styles = Figure(figsize=(13, 7.6)), looks(curves)
-    *axes, legend_axis = figure.subplots(2, 3).flat
-    for row in make_rows(curves, best=False):
-        style, label = styles[row.curve], row.curve.label
-        recorded = [seed for seed, run in row.runs.items() if (run.folder / "scales.csv").is_file()]
-        panels = read_scales(row.runs[min(recorded)]) if recorded else {}
-        for axis, (title, by_step) in zip(axes, panels.items()):
-            axis.set(title=title, xlabel="step")
-            if steps := list(by_step):
-                low, mean, high = np.moveaxis(list(by_step.values()), 2, 0)  # each: step, vector
-                axis.plot(steps, mean.mean(1), label=label, markevery=max(1, len(steps) // 10), **style)
-                shade = {"color": style["color"], "alpha": 0.15, "lw": 0}
-                axis.fill_between(steps, low.min(1), high.max(1), **shade)
-    if not axes[0].lines:
-        raise ValueError("no run has a scales.csv; train.py writes it, results/ keeps none")
+        seeds = [seed for seed, run in curve.runs.items() if (run.folder / "scales.csv").is_file()]
+        if seeds:
+            recorded[curve] = curve.runs[min(seeds)]
+    require(recorded, "no run has a scales.csv; train.py writes it, results/ keeps none")
+    styles, lines = looks(curves, recorded)
+    figure = Figure(figsize=(13, 7.6))
     figure.suptitle("Layer n_layer // 2, lowest seed")
-    legend_axis.axis("off")
-    figure.set_figwidth(max(13, 9.5 + add_legend(legend_axis, axes[0].lines)))  # panels keep their room
-    return figure
-
-
-# ---------------------------------------------------------------------------------------------------
-# Scaling laws: the paper's figures 6 and 7
+    axes = figure.subplots(2, 3).ravel()
+    for curve, style in styles.items():
+        run = recorded[curve]
+        middle, rows = f"blocks.{run.config['n_layer'] // 2}.", read_table(run.folder / "scales.csv")
+        for axis, (title, ending, columns) in zip(axes, SCALES):
+            by_step = {}
+            for row in rows:
+                if row["name"].startswith(middle) and row["name"].endswith(ending):
+                    by_step.setdefault(int(row["step"]), []).append([float(row[name]) for name in columns])
+            axis.set(title=title, xlabel="step")
+            if by_step:
+                low, mean, high = np.moveaxis(list(by_step.values()), 2, 0)  # each: (steps, vectors)
+                axis.plot(list(by_step), mean.mean(1), label=curve.label, **style)
+                axis.fill_between(list(by_step), low.min(1), high.max(1), color=style["color"], alpha=0.15)
+    axes[5].axis("off")
+    axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center left")
+    return figure, lines
 
 
 def fit_power_law(C, L):
-    """(E, a, b) of L = E + a C^-b by least squares with E >= 0; arrays of equal length. For a given b
-    this is linear in E and a, so only b is searched for."""
+    """(E, a, b) of the least squares of L = E + a C^-b with E >= 0. Given b, it is linear in E and a."""
     b = np.geomspace(1e-3, 4, 100_000)
     x = (C[:, None] / C.max()) ** -b
     dx = x - x.mean(0)
@@ -407,242 +306,214 @@ def fit_power_law(C, L):
 
 
 def scaling_points(curves, norm_scale):
-    """Two arrays: compute, 6 N D, and mean final loss at the best lr; one point per size, smallest first."""
-    points = {}
+    """Two arrays: compute, 6 N D, and mean final loss at the best lr; one point a size, smallest first."""
+    sizes, points = {}, []
     for curve in curves:
-        config, loss = curve.config, mean_final(curve.rates[curve.lr(best=True)])
-        if config["norm_scale"] == norm_scale and loss < math.inf:
-            size = config["activated_parameters"]
-            tokens = config["steps"] * config["batch_size"] * config["seq_len"]
-            if size in points:
-                raise ValueError(f"two curves of one size, one is {curve.label}: give the folders of one")
-            points[size] = 6 * size * tokens, loss
-    if len(points) < 4:
-        raise ValueError(f"a scaling law needs four finished sizes; {norm_scale} has {len(points)}")
-    return np.array(sorted(points.values())).T
+        if curve.settings["norm_scale"] == norm_scale and curve.done:
+            sizes.setdefault(curve.config["activated_parameters"], []).append(curve)
+    require(len(sizes) >= 4, f"a scaling law needs four finished sizes; {norm_scale} has {len(sizes)}")
+    for size, rates in sizes.items():
+        best, labels = best_rate(rates), "; ".join(curve.label for curve in rates)
+        require(best, f"curves of one size differ in more than lr, give the folders of one: {labels}")
+        tokens = best.config["steps"] * best.config["batch_size"] * best.config["seq_len"]
+        points.append((6 * size * tokens, best.mean_final))
+    return np.array(sorted(points)).T
 
 
-def scaling_picture(curves, baseline, variant):
-    """The two laws, and the compute saved at equal loss; and the lines for the terminal."""
+def scaling_picture(curves, args):
+    """The laws of --baseline and --variant, and the compute saved at equal loss."""
     # Not steps, batch_size, seq_len: they grow with the paper's sizes.
     same = ("data", "vocab_size", "eval_tokens", "gemma", "n_expert", "optimizer", "schedule", "weight_decay")
-    for name in same:
-        if len({curve.config.get(name) for curve in curves}) > 1:
-            raise ValueError(f"the runs are not of the same {name}: give the folders of one")
+    for name in differing([curve.config for curve in curves]):
+        require(name not in same, f"the runs are not of the same {name}: give the folders of one")
     figure, fits, lines = Figure(figsize=(8, 5)), [], []
     axis = figure.subplots()
-    for name, colour, marker, dash in ((baseline, "black", "s", "-"), (variant, OKABE_ITO[1], "o", "--")):
+    for name, colour, dash in ((args.baseline, "black", "-"), (args.variant, COLOURS[1], "--")):
         C, L = scaling_points(curves, name)
         E, a, b = fit_power_law(C, L)
-        if a <= 0:
-            raise ValueError(f"the losses of {name} do not fall with compute")
+        require(a > 0, f"the losses of {name} do not fall with compute")
         fits.append((E, a, b))
         lines.append(f"{name}: L(C) = {E:.4f} + {a:.4g} C^-{b:.4f}, {len(C)} sizes")
-        digits, power = f"{a:.2e}".split("e")
-        law = f"${E:.3f} + {digits} \\cdot 10^{{{int(power)}}}\\,C^{{-{b:.3f}}}$"
         C_line = np.geomspace(C[0] / 1.5, C[-1] * 1.5, 200)
-        axis.plot(C_line, E + a * C_line**-b, color=colour, ls=dash, label=f"{name}: {law}")
-        axis.plot(C, L, color=colour, ls="", marker=marker, markersize=7)
-    (E0, a0, b0), (E, a, b) = fits
-    largest = C[-1]  # the compute of the variant's largest size
-    equal = E0 + a0 * largest**-b0  # the baseline's loss with it
-    gain = "no"
-    if equal > E:
-        needed = (a / (equal - E)) ** (1 / b)  # the variant's compute for that loss
-        gain = f"{largest / needed:.2f}"
-    lines.append(f"{variant} against {baseline}: {gain}x compute at equal loss ({equal:.4f})")
-    axis.set(xscale="log", xlabel="compute C in FLOPs: 6 x activated parameters x tokens")
-    axis.set_ylabel("validation loss, nats per token")
-    axis.legend(title=f"{gain}x compute at equal loss")
+        axis.plot(C_line, E + a * C_line**-b, color=colour, linestyle=dash, label=lines[-1])
+        axis.plot(C, L, "o", color=colour)
+    (E_base, a_base, b_base), (E, a, b) = fits
+    equal = E_base + a_base * C[-1] ** -b_base  # the baseline's loss, with the variant's largest compute
+    gain = C[-1] * (max(0, equal - E) / a) ** (1 / b)  # over the variant's compute for that loss
+    lines.append(f"{args.variant} against {args.baseline}: {gain:.2f}x compute at equal loss ({equal:.4f})")
+    axis.set(xscale="log", xlabel="6 x activated parameters x tokens, FLOPs", ylabel="loss, nats per token")
+    axis.legend(title=f"{gain:.2f}x compute at equal loss", loc="upper right")
     return figure, lines
 
 
 # ---------------------------------------------------------------------------------------------------
-# The theory: what the theorems predict (lines) and what norms.py does (marks). norms is imported where it is
-# needed, as torch takes seconds and no other picture asks for it.
+# The theory: what the theorems predict (lines) and what norms.py does (marks). The module norms is handed to
+# the panels, as it imports torch, which takes seconds and which no other picture asks for.
 
-LOOKS = [
-    {"color": colour, "ls": DASHES[i % 4], "marker": MARKERS[i], "lw": 1.4, "markersize": 5.5, "mfc": "white"}
-    for i, colour in enumerate(["black", *OKABE_ITO, "0.4"])
-]
+LOOKS = {"none": ("black", "o"), "standard": (COLOURS[0], "D"), "dp": (COLOURS[1], "^")}
+LOOKS |= {"or": (COLOURS[2], "v"), "dp+or": (COLOURS[3], "P")}
+LOOKS |= {0: (COLOURS[4], "X"), 0.1: (COLOURS[5], "*"), 0.5: ("0.4", "d")}  # mu of panel (d)
 
 
-def compare(axis, look, label, t, predicted, measured, at=slice(0, None, 40)):
+def compare(axis, name, label, t, predicted, measured, at=slice(0, None, 40)):
     """A predicted line, the measured marks at some of its points, and both in the legend."""
-    axis.plot(t, predicted, label=label, markevery=[], **LOOKS[look])
-    axis.plot(t[at], measured[at], **LOOKS[look] | {"ls": ""}, mew=1.3)
+    colour, marker = LOOKS[name]
+    axis.plot(t, predicted, color=colour, marker=marker, markevery=[], label=label)
+    axis.plot(t[at], measured[at], marker, color=colour)
 
 
-def flow(variant, teacher, t_end, steps):
+def flow(norms, variant, teacher, t_end, steps):
     """t and the loss at t under gradient flow from the standard start: two arrays."""
-    import norms
-
     branch, loss = norms.student(variant, teacher), partial(norms.population_loss, teacher=teacher)
     return np.array([(t, loss(branch).item()) for t in norms.gradient_flow(branch, loss, t_end, steps)]).T
 
 
-def whole_course(axis, teacher):
+def whole_course(axis, norms, teacher):
     """(a) The teacher is the identity. A diagonal entry r of W obeys dr/dt = G (1 - r G), where G(r) is the
     product of its scales, given by the conservation laws. Integrated by the midpoint rule."""
     d = len(teacher)
-    products = {
-        "none": (lambda r: 1, "1"),
-        "standard": (lambda r: (1 + r**2) ** 0.5, r"\sqrt{1 + r^2}"),
-        "dp": (lambda r: 1 + r**2, "1 + r^2"),
-        "or": (lambda r: (1 + d * r**2) ** 0.5, r"\sqrt{1 + d\,r^2}"),
-        "dp+or": (lambda r: 1 + d * r**2, r"1 + d\,r^2"),
-    }
-    for look, (variant, (G, words)) in enumerate(products.items()):
-        t, measured = flow(variant, teacher, t_end=2, steps=400)
+    laws = [("none", lambda r: 1, "1"), ("standard", lambda r: (1 + r**2) ** 0.5, r"\sqrt{1 + r^2}")]
+    laws += [("dp", lambda r: 1 + r**2, "1 + r^2"), ("dp+or", lambda r: 1 + d * r**2, r"1 + d\,r^2")]
+    laws += [("or", lambda r: (1 + d * r**2) ** 0.5, r"\sqrt{1 + d\,r^2}")]
+    for variant, G, words in laws:
+        t, measured = flow(norms, variant, teacher, t_end=2, steps=400)
         r, predicted = 0.0, []
         for _ in t:
             predicted.append(d / 2 * (1 - r * G(r)) ** 2)
             halfway = r + t[1] / 2 * G(r) * (1 - r * G(r))
             r += t[1] * G(halfway) * (1 - halfway * G(halfway))
-        compare(axis, look, f"{variant}: $G = {words}$", t, predicted, measured)
+        compare(axis, variant, f"{variant}: $G = {words}$", t, predicted, measured)
     axis.set(title=f"(a) Theorems 2.2, 3.1, 3.2: $W^* = I$, $d = {d}$", xlabel="$t$", ylabel="$L$")
     axis.set(yscale="log", ylim=(1e-8, 4))
-    axis.legend(title=r"lines: $\dot r = G\,(1 - r\,G)$", loc="lower left", handlelength=3)
+    axis.legend(title=r"lines: $\dot r = G\,(1 - r\,G)$", loc="lower left")
 
 
-def early_difference(axis, teacher):
+def early_difference(axis, norms, teacher):
     """(b) From the standard start, L_slower - L_faster = (2/3) c t^3 + O(t^4)."""
     d_out, d = teacher.shape
-    columns, rows, norm = teacher.norm(dim=0), teacher.norm(dim=1), teacher.norm()
-    laws = [  # faster, slower, c, c in words
-        ("standard", "none", columns.pow(4).sum(), r"$\Sigma_j\,\Vert W^*_{:j}\Vert^4$"),
-        ("dp", "standard", rows.pow(4).sum(), r"$\Sigma_i\,\Vert W^*_{i:}\Vert^4$"),
-        ("or", "standard", (1 - 1 / d) * norm**4, r"$(1 - 1/d)\,\Vert W^*\Vert_F^4$"),
-    ]
+    laws = [("standard", "none", teacher.norm(dim=0).pow(4).sum(), r"$\Sigma_j\,\Vert W^*_{:j}\Vert^4$")]
+    laws += [("dp", "standard", teacher.norm(dim=1).pow(4).sum(), r"$\Sigma_i\,\Vert W^*_{i:}\Vert^4$")]
+    laws += [("or", "standard", (1 - 1 / d) * teacher.norm() ** 4, r"$(1 - 1/d)\,\Vert W^*\Vert_F^4$")]
     at = np.unique(np.geomspace(1, 300, 13).astype(int)) - 1
-    for look, (faster, slower, c, words) in enumerate(laws, 1):
-        (t, low), (_, high) = (flow(variant, teacher, t_end=0.3, steps=300) for variant in (faster, slower))
+    for faster, slower, c, words in laws:
+        t, low = flow(norms, faster, teacher, t_end=0.3, steps=300)
+        high = flow(norms, slower, teacher, t_end=0.3, steps=300)[1]
         label = f"{faster} below {slower}: $c$ = {words}"
-        compare(axis, look, label, t[1:], 2 / 3 * c.item() * t[1:] ** 3, (high - low)[1:], at)
+        compare(axis, faster, label, t[1:], 2 / 3 * c.item() * t[1:] ** 3, (high - low)[1:], at)
     axis.set(title=f"(b) Theorems D.1, D.2: random $W^*$, ${d_out} \\times {d}$", xlabel="$t$")
     axis.set(ylabel="difference in $L$", xscale="log", yscale="log", ylim=(1e-11, 1e4))
-    axis.legend(title=r"lines: $\frac{2}{3}\,c\,t^3$", loc="upper left", handlelength=3)
+    axis.legend(title=r"lines: $\frac{2}{3}\,c\,t^3$")
 
 
-def matched_states(axis, teacher, draw):
-    """(c) -dL/dt = ||grad L||^2 at random states, against that of `standard` at the same effective weight and
-    input vector, where the theorem's condition holds and (grey) where not. draw(*shape): normal samples."""
-    import norms
-
-    def speed(branch):
-        norms.population_loss(branch, teacher).backward()
-        return sum(parameter.grad.square().sum().item() for parameter in branch.parameters())
-
-    laws = [("dp", "v.gamma", "u.gamma", r"\gamma_a^2"), ("or", "v.alpha", "v.beta", r"\beta^2")]
-    for look, (variant, vector, scale, squared) in enumerate(laws, 2):
-        for sign, grey in (("≥", {}), ("<", {"color": "0.7", "zorder": 1})):
-            points = []
-            for _ in range(150):
-                branch, standard = norms.student(variant, teacher), norms.student("standard", teacher)
-                raw = {name: draw(*parameter.shape) for name, parameter in branch.named_parameters()}
-                raw["W"] *= 10 ** -draw(1).abs()
-                raw[vector] = norms.normalize(raw[vector])
-                x = raw[scale]
-                raw[scale] = (1 + x**2).sqrt() if sign == "≥" else x.abs().clamp(0.2, 0.9)
-                branch.load_state_dict(raw)
-                standard.v.gamma.data = branch.v().detach()
-                standard.W.data = branch.effective_weight().detach() / branch.v().detach()
-                points.append((speed(standard), speed(branch)))
-            style = LOOKS[look] | {"ls": "", "markersize": 4} | grey
-            axis.plot(*np.transpose(points), label=f"{variant}, ${squared}$ {sign} 1", **style)
+def matched_states(axis, norms, teacher, draw):
+    """(c) -dL/dt = ||grad L||^2 of `dp` and `or` against that of `standard` at the same effective weight and
+    gamma_b. The raw parameters are random (alpha normalised, as the theorem asks), with its condition on one
+    of them, `scale`, met or (grey) not: from these states they can be slower."""
+    laws = [("dp", r"\gamma_a^2 < 1", "gamma_a.gamma", -1), ("dp", r"\gamma_a^2 \geq 1", "gamma_a.gamma", 1)]
+    laws += [("or", r"\beta^2 < 1", "gamma_b.beta", -1), ("or", r"\beta^2 \geq 1", "gamma_b.beta", 1)]
+    for variant, words, scale, power in laws:
+        speeds = []
+        for _ in range(150):
+            branch, standard = norms.student(variant, teacher), norms.student("standard", teacher)
+            raw = {name: draw(*parameter.shape) for name, parameter in branch.named_parameters()}
+            raw["W"] *= 10 ** -draw(1).abs()
+            if variant == "or":
+                raw["gamma_b.alpha"] = norms.normalize(raw["gamma_b.alpha"])
+            raw[scale] = (1 + raw[scale].abs()) ** power  # every entry above 1, or every entry below
+            branch.load_state_dict(raw)
+            gamma_b = branch.gamma_b().detach()
+            standard.load_state_dict({"W": branch.effective_weight() / gamma_b, "gamma_b.gamma": gamma_b})
+            for module in (standard, branch):
+                norms.population_loss(module, teacher).backward()
+                speeds.append(sum(parameter.grad.square().sum().item() for parameter in module.parameters()))
+        colour = LOOKS[variant][0] if power > 0 else "0.7"
+        axis.plot(speeds[::2], speeds[1::2], LOOKS[variant][1], color=colour, label=f"{variant}, ${words}$")
     axis.axline((1, 1), (2, 2), color="black", linewidth=1)
     axis.set(title="(c) Theorems 3.1, 3.2: at matched states", xscale="log", yscale="log")
     axis.set(xlabel="$-dL/dt$ of standard", ylabel="$-dL/dt$ of dp, of or")
-    axis.legend(title="line: as fast as standard", loc="upper left", handlelength=3)
+    axis.legend(title="line: as fast as standard")
 
 
-def noise_and_decay(axis, teacher):
-    """(d) Each column is a path of one coordinate, with target 1, decay lambda = 1/2 on w and mu on g, and
-    noise q = 1/4. The invariant density is exp(-2 F / q), with F the loss and its decay; for mu = 0 its
-    integral diverges."""
-    import norms
+def noise_and_decay(axis, norms, teacher):
+    """(d) Each column is a path of one coordinate: target 1, decay 1/2 on w and mu on g, noise q = 1/4. The
+    invariant density is exp(-2 F / q), with F the loss and its decay; for mu = 0 its integral diverges."""
 
-    at_w, at_g = np.mgrid[-6:6:601j, -6:6:601j]
-    for look, mu in enumerate((0, 0.1, 0.5), 5):
+    def loss(branch, mu):
+        decay = branch.W.square().sum() / 4 + mu / 2 * branch.gamma_b().square().sum()
+        return norms.population_loss(branch, teacher) + decay
 
-        def loss(branch, mu=mu):
-            decay = branch.W.square().sum() / 4 + mu / 2 * branch.v.gamma.square().sum()
-            return norms.population_loss(branch, teacher) + decay
-
+    w, g = np.mgrid[-6:6:601j, -6:6:601j]
+    for mu in (0, 0.1, 0.5):
         branch, seen = norms.student("standard", teacher), []
-        for t in norms.gradient_flow(branch, loss, t_end=20, steps=400, noise=0.25):
-            seen.append((t, branch.v.gamma.square().mean().item(), branch.W.square().mean().item()))
+        for t in norms.gradient_flow(branch, partial(loss, mu=mu), t_end=20, steps=400, noise=0.25):
+            seen.append((t, branch.gamma_b().square().mean().item(), branch.W.square().mean().item()))
         t, g_squared, w_squared = np.transpose(seen)
-        rate = w_squared - 2 * mu * g_squared
-        law = 1 + w_squared + t[1] * (np.cumsum(rate) - (rate + rate[0]) / 2)  # trapezoids
-        compare(axis, look, f"$\\mu$ = {mu}", t, law, g_squared)
+        slope = w_squared - 2 * mu * g_squared  # of E[g^2 - w^2]; its integral by trapezoids
+        law = 1 + w_squared + t[1] * (np.cumsum(slope) - (slope + slope[0]) / 2)
+        compare(axis, mu, f"$\\mu$ = {mu}", t, law, g_squared)
         if mu > 0:
-            density = np.exp(-4 * ((at_w * at_g - 1) ** 2 + at_w**2 / 2 + mu * at_g**2))
-            axis.axhline(np.average(at_g**2, weights=density), color="0.4", lw=1, ls=":")
+            F = ((w * g - 1) ** 2 + w**2 / 2 + mu * g**2) / 2
+            mean = np.average(g**2, weights=np.exp(-2 * F / 0.25))
+            axis.axhline(mean, color="0.4", linewidth=1, linestyle=":")
     axis.lines[-1].set_label("mean of the invariant measure")
-    axis.set(title="(d) Theorem 2.3: noise, decay $\\mu$ on $g$", xlabel="$t$", ylabel=r"$E\,\Vert g\Vert^2$")
-    axis.set(ylim=(0, 11))
-    law = r"lines: $d\,E[g^2 - w^2]/dt = 2\lambda\,E\,w^2 - 2\mu\,E\,g^2$, $\lambda = \frac{1}{2}$"
-    axis.legend(title=law, loc="upper left", handlelength=3)
+    axis.set(title="(d) Theorem 2.3: noise, decay $\\mu$ on $g$", xlabel="$t$", ylim=(0, 11))
+    axis.set_ylabel(r"$E\,\Vert g\Vert^2$")
+    axis.legend(title=r"lines: $d\,E[g^2 - w^2]/dt = 2\lambda\,E\,w^2 - 2\mu\,E\,g^2,\ \lambda = 1/2$")
 
 
-def theory_picture():
+def theory_picture(curves, args):
     """Gradient flow from the standard start (a, b) and at matched states (c); noise and decay (d)."""
     import torch
 
-    torch.set_num_threads(1)  # tiny matrices
+    import norms
+
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    teacher = draw(3, 12)
-    teacher /= teacher.norm()
+    teacher = draw(3, 12) / 6  # a norm of about 1
     figure = Figure(figsize=(10, 8.6))
-    figure.suptitle("Lines: what the theorems predict. Marks: what the modules of norms.py do.", fontsize=12)
+    figure.suptitle("Lines: what the theorems predict. Marks: what the modules of norms.py do.")
     (a, b), (c, d) = figure.subplots(2, 2)
-    whole_course(a, torch.eye(4, dtype=torch.float64))
-    early_difference(b, teacher)
-    matched_states(c, teacher, draw)
-    noise_and_decay(d, torch.ones(1, 20_000, dtype=torch.float64))
-    return figure
+    whole_course(a, norms, torch.eye(4, dtype=torch.float64))
+    early_difference(b, norms, teacher)
+    matched_states(c, norms, teacher, draw)
+    noise_and_decay(d, norms, torch.ones(1, 20_000, dtype=torch.float64))
+    return figure, []
 
 
 # ---------------------------------------------------------------------------------------------------
-# Command line
+# Command line. Each kind makes a figure, and lines for the terminal, of the curves and the arguments.
 
-STYLE = dict.fromkeys(("figure.constrained_layout.use", "axes.grid"), True)
-STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
-STYLE |= {"font.size": 11, "axes.titlesize": 12, "grid.alpha": 0.3}
+PICTURES = {"loss": loss_picture, "weights": weights_picture}
+PICTURES |= {"scaling": scaling_picture, "theory": theory_picture}
+STYLE = {"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3, "lines.markersize": 5}
+STYLE |= {"lines.markerfacecolor": "white", "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"legend.frameon": False, "legend.fontsize": 9, "legend.loc": "upper left"}
 
 
 def main(arguments=None):
-    """The command line."""
-    use_any_terminal()
     parser = CommandLine("plot.py", description=__doc__.split("\n")[0])
-    add, kinds = parser.add_argument, ("loss", "weights", "scaling", "theory")
-    add("folders", nargs="*", metavar="FOLDER", default=["runs"], help="where runs are (default: runs)")
-    add("--kind", choices=kinds, default="loss", help="which picture (default: loss)")
-    add("--baseline", default="standard", help="norm scale to compare with (default: standard)")
-    add("--variant", default="unified", help="scaling: norm scale to compare (default: unified)")
-    add("--out", type=Path, help="file of the picture, .png, .pdf, .svg or .jpg (default: <kind>.png)")
+    flag = parser.add_argument
+    flag("folders", nargs="*", type=expanded_path, default=["runs"], help="searched for runs (default: runs)")
+    flag("--kind", choices=PICTURES, default="loss", help="which picture (default: loss)")
+    flag("--baseline", default="standard", help="norm scale to compare with (default: standard)")
+    flag("--variant", default="unified", help="scaling: norm scale to compare (default: unified)")
+    flag("--out", type=expanded_path, help=".png, .pdf, .svg or .jpg to write (default: <kind>.png)")
     args = parser.parse_args(arguments)
-    out, runs, lines = args.out or Path(f"{args.kind}.png"), [], []
+    out, whole = Path(args.out or f"{args.kind}.png"), io.BytesIO()
     try:
-        with matplotlib.rc_context(STYLE):
-            if args.kind != "theory":
-                runs = read_runs(args.folders)
-                curves = make_curves(runs, args.baseline)
-            if args.kind == "loss":
-                figure, lines = loss_picture(curves, args.baseline)
-            elif args.kind == "scaling":
-                figure, lines = scaling_picture(curves, args.baseline, args.variant)
-            else:
-                figure = weights_picture(curves) if args.kind == "weights" else theory_picture()
-            whole = io.BytesIO()  # a picture is there as a whole or not at all
+        with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
+            runs, told = ([], []) if args.kind == "theory" else read_runs(args.folders)
+            curves = make_curves(runs, args.baseline)
+            figure, lines = PICTURES[args.kind](curves, args)
             figure.savefig(whole, format=out.suffix[1:].lower(), dpi=160)
-            out.write_bytes(whole.getvalue())
-    except (ValueError, OSError) as mistake:
+        out.write_bytes(whole.getvalue())  # a picture is there as a whole or not at all
+    except UserError as mistake:
         parser.error(str(mistake))
-    for line in (*lines, *left_out(runs), out):
-        print(line)
+    except (ValueError, OSError, LookupError, TypeError) as mistake:
+        parser.error(f"{type(mistake).__name__}: {mistake}")
+    for line in told:
+        print("plot.py:", *line.split(), file=sys.stderr)
+    print(*lines, out, sep="\n")
 
 
 if __name__ == "__main__":
-    run_as_a_tool(main)
+    main()
