@@ -560,6 +560,64 @@ def test_a_variant_falls_faster_from_the_standard_start(label, against):
     assert series[0].item() == pytest.approx(-2 / 3 * FASTER[label, against](TEACHER).item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("label", ["dp", "or"])
+def test_theorems_3_1_and_3_2_from_the_same_state(label):
+    """-dL/dt is that of standard with the same A and g_b (Theorem 2.2) and a gain, which is at least 0 where
+    every g_a^2 >= 1 (dp), or beta^2 d >= ||alpha||^2 (or)."""
+    for seed in range(40):
+        branch = norms.student(label, TEACHER)
+        for i, p in enumerate(branch.parameters()):
+            p.data = (1 + seed % 3) * draw(*p.shape, seed=100 * seed + i)
+        norms.population_loss(branch, TEACHER).backward()
+        falls = sum(p.grad.square().sum() for p in branch.parameters())
+        g_b, P = gamma_and_preconditioner(branch.gamma_b, 3, label)
+        A, R = branch.effective_weight(), TEACHER - branch.effective_weight()
+        h = (A / g_b * R).sum(0)  # -dL/dg_b of standard
+        standard = (g_b**2 * R**2).sum() + h @ h
+        if label == "dp":
+            g_a = branch.gamma_a()
+            gain = ((g_a**2 - 1)[:, None] * g_b**2 * R**2).sum() + (branch.W * g_b * R).sum(1).square().sum()
+            holds = (g_a**2 >= 1).all()
+        else:
+            gain, holds = h @ P @ h - h @ h, 3 * branch.gamma_b.beta**2 >= branch.gamma_b.alpha.square().sum()
+        agree(falls, standard + gain)
+        assert gain >= -1e-9 or not holds
+
+
+@pytest.mark.parametrize("label", ["standard", "dp", "or"])
+def test_what_the_flow_conserves(label):
+    """g_b^2 - ||W_:j||^2 = 1, g_a^2 - ||W_i:||^2 = 1; of or, ||alpha||^2 = d and beta^2 - ||W||^2 = 1."""
+    branch, one = norms.student(label, TEACHER), torch.ones(1).double()
+    for _ in norms.gradient_flow(branch, lambda branch: norms.population_loss(branch, TEACHER), 1, 200):
+        squares = branch.W.square()
+        if label == "or":
+            agree(branch.gamma_b.alpha.square().sum(), 3 * one[0])
+            agree(branch.gamma_b.beta**2 - squares.sum(), one)
+        else:
+            agree(branch.gamma_b() ** 2 - squares.sum(0), one.expand(3))
+        if label == "dp":
+            agree(branch.gamma_a() ** 2 - squares.sum(1), one.expand(4))
+
+
+def hessian_sizes(w, g, target):
+    """Trace, largest eigenvalue, Frobenius norm of the Hessian of 1/2 (w g - target)^2 at a coordinate."""
+    trace, cross = g**2 + w**2, 2 * w * g - target
+    largest = (trace + ((g**2 - w**2).square() + 4 * cross**2).sqrt()) / 2
+    return trace, largest, (g**4 + w**4 + 2 * cross**2).sqrt()
+
+
+def test_theorem_2_3_hessian():
+    target, branch = TEACHER[:1], norms.student("standard", TEACHER[:1])
+    w, g = branch.W, branch.gamma_b.gamma
+    w.data, g.data = draw(1, 3, seed=1), draw(3, seed=2)
+    gradients = torch.autograd.grad(norms.population_loss(branch, target), [w, g], create_graph=True)
+    hessian = jacobian(torch.cat([y.flatten() for y in gradients]), [w, g])
+    trace, largest, frobenius = hessian_sizes(w[0], g, target[0])
+    agree(hessian.trace(), trace.sum())
+    agree(torch.linalg.eigvalsh(hessian)[-1], largest.max())
+    agree(hessian.norm(), frobenius.norm())
+
+
 @pytest.mark.parametrize("q", [0.1, 0.5])
 @pytest.mark.parametrize("mu", [0.0, 0.25])
 def test_theorem_2_3_decay_on_scales(mu, q):
@@ -582,7 +640,8 @@ def test_theorem_2_3_decay_on_scales(mu, q):
         grid = torch.linspace(-8, 8, 801, dtype=torch.float64)
         at_w, at_g = torch.meshgrid(grid, grid, indexing="ij")
         density = torch.exp(-((at_w * at_g - target).square() + decay * at_w**2 + mu * at_g**2) / q)
-        for seen, exact in [(g**2, at_g**2), (g**2 + w**2, at_g**2 + at_w**2)]:  # the latter is the trace
+        observed = [g**2, *hessian_sizes(w, g, target)]
+        for seen, exact in zip(observed, [at_g**2, *hessian_sizes(at_w, at_g, target)]):
             assert mean_is((density * exact).sum() / density.sum(), seen[250:].mean(0))
 
 
