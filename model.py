@@ -77,8 +77,8 @@ class Transformer(nn.Module):
         self.head = branches_of_a_norm(config.d_model, config.norm_scale)(config.vocab_size)
         rotation = rotations(config.seq_len, config.d_model // config.n_head).float()
         self.register_buffer("rotation", rotation, persistent=False)
-        vectors, names = scale_parameters(self), self.named_parameters()
-        self.std_at_start = {name: W.std_at_start for name, W in names if W not in vectors}
+        vectors, parameters = scale_parameters(self), self.named_parameters()
+        self.std_at_start = {name: W.std_at_start for name, W in parameters if W not in vectors}
 
     @torch.no_grad()
     def init_weights(self, seed):

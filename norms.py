@@ -19,7 +19,7 @@ The design space (its Table 1). W_c is one of the linear *branches* c that one N
     er          gamma = exp(beta) * exp(alpha - mean(alpha))
 
 All but dnp are one reparameterisation of the weight (equation 13), and are computed that way: the vectors
-multiply the weight (d_out x d_in numbers per step), not the activations (tokens x d_in):
+multiply the weight (d_out x d_in numbers), not the activations (tokens x d_in):
 
     W  ->  diag(gamma_a) W diag(gamma_b)  =  W * (gamma_a gamma_b^T)
 
@@ -206,7 +206,8 @@ class Branch(nn.Module):
         return W
 
     def forward(self, n):
-        return self.norm(F.linear(n, self.effective_weight()))
+        dtype = self.W.dtype  # Norms give float32 or wider
+        return self.norm(F.linear(n.to(dtype), self.effective_weight().to(dtype)))
 
 
 def branches_of_a_norm(d_in, variant):

@@ -176,9 +176,9 @@ def train(settings, data, machine, folder, checkpoint=None):
             print(
                 f"step {step:,}/{settings.steps:,}: val loss {row['val_loss']:.4f}, {left} s left", flush=True
             )
+            require_finite(settings, step, validation_loss=row["val_loss"])
             if machine.rank == 0:
                 save(folder, settings, data, model, optimizers, metrics, scales)
-        require_finite(settings, step, validation_loss=metrics[-1]["val_loss"])
         if step == settings.steps:
             return metrics
 
@@ -302,13 +302,12 @@ def load(folder):
 
 def read_config(folder):
     """The contents of config.json, {} if there is none. Raises UserError if train.py has not written it."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {name: config[name] for name in ["norm_scale", "data_sha256", "status", *config]}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: config.json is not the record of a run ({error!r})") from None
+    path, config = folder / "config.json", {}
+    if path.exists():
+        with suppress(ValueError, TypeError):
+            config = dict(json.loads(path.read_text(encoding="utf-8")))
+        require({"norm_scale", "data_sha256"} <= config.keys(), f"{path} is not the record of a run")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------
