@@ -25,7 +25,6 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot: no window, and no backend forced on a notebook
 from matplotlib.ticker import EngFormatter
 
-# All command lines behave alike.
 from prepare_data import CommandLine, UserError, expanded_path, require
 
 # ---------------------------------------------------------------------------------------------------
@@ -463,10 +462,11 @@ def noise_and_decay(axis, norms, teacher):
 
 def theory_picture(curves, args):
     """Gradient flow from the standard start (a, b) and at matched states (c); noise and decay (d)."""
+    import norms
     import torch
 
-    import norms
-
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices so small only suffer from a second one
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     teacher = draw(3, 12) / 6  # a norm of about 1
     figure = Figure(figsize=(10, 8.6))
@@ -476,6 +476,7 @@ def theory_picture(curves, args):
     early_difference(b, norms, teacher)
     matched_states(c, norms, teacher, draw)
     noise_and_decay(d, norms, torch.ones(1, 20_000, dtype=torch.float64))
+    torch.set_num_threads(threads)
     return figure, []
 
 
