@@ -47,6 +47,8 @@ from model import PRESETS, Config, Transformer, count, llama_state_dict, paper_d
 from norms import NormScale, OutputNorm, ScaleVector, branches_of_a_norm, fold, normalize, scale_parameters
 from prepare_data import TokenFolder
 
+torch.set_num_threads(1)  # tensors so small only suffer from a second one
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # marks need no file of their own
 HERE = Path(__file__).parent
 
