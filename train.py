@@ -173,9 +173,8 @@ def train(settings, data, machine, folder, checkpoint=None):
             metrics.append(row)
             scales.extend(scale_rows(model, step))
             left = f"{seconds / step * (settings.steps - step):,.0f}" if step > 0 else "?"
-            print(
-                f"step {step:,}/{settings.steps:,}: val loss {row['val_loss']:.4f}, {left} s left", flush=True
-            )
+            progress = f"step {step:,}/{settings.steps:,}: val loss {row['val_loss']:.4f}"
+            print(f"{progress}, {left} s left", flush=True)
             require_finite(settings, step, validation_loss=row["val_loss"])
             if machine.rank == 0:
                 save(folder, settings, data, model, optimizers, metrics, scales)
@@ -504,9 +503,7 @@ def describe(settings):
     """The variant, its parameters, the optimisers' groups with their weight decay, the steps, and memory."""
     s, config = settings, model_config(settings)
     counts = count(config)
-    numbers = (
-        "  {parameters:,} parameters, {activated_parameters:,} for a token, {scale_parameters:,} in vectors"
-    )
+    numbers = "  {parameters:,} parameters, {activated_parameters:,} a token, {scale_parameters:,} in vectors"
     lines = [
         f"{s.model}, --norm-scale={s.norm_scale}: {config.norm_scale.equation}",
         numbers.format(**counts),
@@ -517,11 +514,10 @@ def describe(settings):
         size = f"{sum(p.numel() for p in group['params']):,} in {len(group['params'])} tensors"
         lines.append(f"  {group['name']}: {size}, weight decay {group['weight_decay']:g}")
     # In float32: each weight with its gradient and its moments, each logit with its gradient.
-    memory = (16 if s.optimizer == "adamw" else 12) * counts[
-        "parameters"
-    ] + 8 * s.micro_batch_size * s.seq_len * s.vocab_size
+    logits = s.micro_batch_size * s.seq_len * s.vocab_size
+    memory = (16 if s.optimizer == "adamw" else 12) * counts["parameters"] + 8 * logits
     lines.append(f"{s.steps:,} steps of {s.batch_size} x {s.seq_len} tokens, lr {s.lr:g}, seed {s.seed}")
-    lines.append(f"{s.device}, {s.dtype}, at least {memory / 2**20:,.0f} MiB of memory")
+    lines.append(f"{s.optimizer}, {s.schedule}, {s.device}, {s.dtype}, at least {memory / 2**20:,.0f} MiB")
     return "\n".join(lines)
 
 
