@@ -115,7 +115,7 @@ WSD_DECAY = 0.2  # fraction of the steps, at the end
 
 
 def cosine(settings, step):
-    """From 1 at the end of the warm-up down to COSINE_FLOOR."""
+    """Half a wave: 1 up to the end of the warm-up (step warmup_steps), COSINE_FLOOR at the end (step steps)."""
     progress = max(0, step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
     return COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -436,12 +436,16 @@ class Machine:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
     def sum(self, value):
-        """A number summed over all processes, which wait for each other here."""
+        """A number summed over all processes."""
         if self.processes == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.item()
+
+    def wait(self):
+        """Returns when all processes are here."""
+        self.sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -648,12 +652,12 @@ def execute(args, command):
     if not args.data and machine.rank == 0 and not folder.exists():
         print(f"preparing the built-in text in {folder}", flush=True)
         prepare_data.prepare("sotu", out_dir=folder.parent)
-    machine.sum(0)  # until the data is there
+    machine.wait()  # until the data is there
     data = TokenFolder(folder)
     plans = make_plans(args, data, machine)
     statuses = {plan.folder: status_of(plan, data, args) for plan in plans}
     remaining = [plan for plan in plans if statuses[plan.folder] not in ("done", "diverged")]
-    machine.sum(0)  # until all processes have looked at the folders
+    machine.wait()  # until all processes have looked at the folders
     for plan in plans:
         if plan not in remaining:
             print(f"{plan.folder}: {statuses[plan.folder]} already")
@@ -667,7 +671,7 @@ def execute(args, command):
         # Of all runs, not only of those that remain, so that a resumed run has as many threads as before.
         jobs = min(len(plans), args.jobs or (1 if machine.kind == "cuda" else cores))
         code = sweep(remaining, jobs) or code
-    machine.sum(0)  # the processes of torchrun leave together
+    machine.wait()  # the processes of torchrun leave together
     return code
 
 
