@@ -1558,7 +1558,7 @@ def test_theory_lines_and_marks_meet(tmp_path, monkeypatch):
             t, measured = (numbers[known] for numbers in marks.get_data())
             np.testing.assert_allclose(measured, np.interp(t, *line.get_data()), rtol=rtol)
     for points in c.lines[:4]:
-        gain, holds = np.divide(*points.get_data()[::-1]), "geq" in points.get_label()
+        gain, holds = points.get_ydata(), "geq" in points.get_label()
         assert all(gain > 1 - 1e-9) == holds and (holds or any(gain < 1))
     # With w integrated out, the density of g under exp(-2 F / q) is known: w is normal given g.
     g, q, decay = np.linspace(-40, 40, 400_001), 0.25, 0.5
