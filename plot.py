@@ -505,7 +505,7 @@ def main(arguments=None):
             runs, told = ([], []) if args.kind == "theory" else read_runs(args.folders)
             curves = make_curves(runs, args.baseline)
             figure, lines = PICTURES[args.kind](curves, args)
-            figure.savefig(whole, format=out.suffix[1:].lower(), dpi=160)
+            figure.savefig(whole, format=out.suffix[1:].lower(), dpi=120)
         out.write_bytes(whole.getvalue())  # a picture is there as a whole or not at all
     except UserError as mistake:
         parser.error(str(mistake))
