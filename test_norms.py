@@ -1226,7 +1226,7 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(run, capsys, monkeypa
     told_in_one_line(partial(run, "--new=4 --overwrite"), "exists")  # it may be somebody else's
 
 
-def test_without_data_a_dry_run_describes_and_the_first_command_prepares(tmp_path, monkeypatch, capsys):
+def test_without_data_a_dry_run_and_a_first_command(tmp_path, monkeypatch, capsys, told_in_one_line):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--model=llama-1b", "--norm-scale", "standard", "unified"]) == 0
     out, least = capsys.readouterr().out, (16 * 1_028_065_024 + 8 * 32_768 * 50_304) / 2**20
@@ -1235,6 +1235,7 @@ def test_without_data_a_dry_run_describes_and_the_first_command_prepares(tmp_pat
     assert "vectors: 378,919 in 222 tensors, weight decay 0\n" in out and not list(tmp_path.iterdir())
     flags = "--d-model=2 --n-head=1 --seq-len=1 --batch-size=1 --steps=1 --eval-tokens=5000"
     assert train.main(flags.split()) == 0 and statuses() == {"standard": "done"}
+    told_in_one_line(lambda: prepare_data.main([]), "sotu exists")  # the default is the same text
     data, (_, val) = TokenFolder("data/sotu"), decoded("data/sotu")
     assert data.vocab_size == 2048 and data.meta["bytes_per_token"] == len(val.encode()) / len(data.val)
     assert not data.train.flags.writeable
