@@ -1253,10 +1253,7 @@ def test_a_mistake_is_told_before_a_run_starts(run, data_folder, told_in_one_lin
         ("--grad-clip=inf", "--grad-clip: inf is too small or too large"),
         ("--warmup-steps=20", "--warmup-steps: as many as all 20 steps"),
         ("--norm-scale none hg+hgg", "'hgg' in 'hg+hgg' (did you mean 'hg'?); the grammar: none, standard"),
-        (
-            "--norm-scale=unifed",
-            "'unified'?); the grammar: none, standard, unified, or parts joined by +, one",
-        ),
+        ("--norm-scale=unifed", "'unified'?); the grammar: none, standard, unified, or parts joined by +"),
         ("--norm-scale=dp+er+ap", "'dp+er+ap' has 'dp' and 'ap': choose one for placement; the grammar"),
         ("--norm-scale=none+iwd", "'none' stands alone, not as a part of 'none+iwd'; the grammar"),
         ("--dtype=bfloat16 --device=cpu", "bfloat16 needs a GPU"),
