@@ -352,9 +352,8 @@ def test_generation_samples_from_the_last_position():
 
 
 # ---------------------------------------------------------------------------------------------------
-# First weights, counts, groups and export
+# First weights, counts, groups, export. All records under results/ depend on these first entries for seed 0.
 
-# The first entries for seed 0. All records under results/ depend on them: renew those with these numbers.
 FIRST_WEIGHTS = {"embedding": 0.039011, "blocks.1.attention.o": 0.000748, "blocks.1.ffn.router.W": 0.006274}
 
 
