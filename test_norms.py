@@ -481,8 +481,8 @@ def gamma_and_preconditioner(vector, d, label):
 @pytest.mark.parametrize("seed", range(3))
 def test_section_3_4_and_theorems_3_1_and_3_2_at_random_states(label, seed):
     """dA/dt = g_a^2 R g_b^2 + W * (P_a h_a g_b^T + g_a (P_b h_b)^T) with h = -dL/dgamma (section 3.4). So the
-    speed is ||g_a R g_b||^2 + h_a P_a h_a + h_b P_b h_b, of standard with the same A and g_b ||R g_b||^2 +
-    ||h_b||^2: which is no faster where all g_a^2 >= 1 (Theorem 3.1), all eigenvalues of P_b >= 1 (3.2)."""
+    speed is ||g_a R g_b||^2 + h_a P_a h_a + h_b P_b h_b. Standard has ||R g_b||^2 + ||h_b||^2 at the same A and
+    g_b: no more if all g_a^2 >= 1 (Theorem 3.1) and all eigenvalues of P_b are at least 1 (Theorem 3.2)."""
     branch = norms.student(label, TEACHER)
     for i, p in enumerate(branch.parameters()):
         p.data = (1 + seed) * draw(*p.shape, seed=100 * seed + i)
@@ -1088,8 +1088,8 @@ def test_a_sweep_is_a_process_a_run_and_ctrl_c_ends_it(run, capfd, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     monkeypatch.setattr(train, "print", lambda *_, **__: seen.add(threading.current_thread()), raising=False)
-    assert run("--norm-scale none hg --resume --jobs=9") == 1  # hg diverged; none: 6 // 2 runs
-    assert run("--norm-scale none hg ap dp ap --overwrite") == 0  # 6 // 3 cores; the old went first
+    assert run("--norm-scale none hg --resume --jobs=9") == 1  # hg diverged; 6 threads for 2 runs
+    assert run("--norm-scale none hg ap dp ap --overwrite") == 0  # 6 for 3 at once; the old went first
     assert given == [("3", {"hg": "diverged", "standard": "done"}), *[("2", {"standard": "done"})] * 4]
     assert seen == {threading.main_thread()}  # a notebook loses what other threads print
     monkeypatch.setattr(train, "print", interrupted(print, 1), raising=False)
