@@ -481,7 +481,7 @@ def gamma_and_preconditioner(vector, d, label):
 @pytest.mark.parametrize("seed", range(3))
 def test_section_3_4_and_theorems_3_1_and_3_2_at_random_states(label, seed):
     """dA/dt = g_a^2 R g_b^2 + W * (P_a h_a g_b^T + g_a (P_b h_b)^T) with h = -dL/dgamma (section 3.4). So the
-    speed is ||g_a R g_b||^2 + h_a P_a h_a + h_b P_b h_b. Standard has ||R g_b||^2 + ||h_b||^2 at the same A and
+    speed is ||g_a R g_b||^2 + h_a P_a h_a + h_b P_b h_b. Standard has ||R g_b||^2 + ||h_b||^2 at this A and
     g_b: no more if all g_a^2 >= 1 (Theorem 3.1) and all eigenvalues of P_b are at least 1 (Theorem 3.2)."""
     branch = norms.student(label, TEACHER)
     for i, p in enumerate(branch.parameters()):
